@@ -1,0 +1,52 @@
+"""What can go wrong, in one clear sentence each: what is wrong, where, and what to do."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class MechRewardError(Exception):
+    """Base class of every error that this library raises on purpose."""
+
+
+class SAEError(MechRewardError):
+    """A sparse autoencoder cannot be found, read, or used as asked."""
+
+
+class PackError(MechRewardError):
+    """A feature pack or a probe cannot be found, read, or used as asked."""
+
+
+class ModelMismatchError(MechRewardError):
+    """A readout was made for another model, layer or width."""
+
+
+class CaptureError(MechRewardError):
+    """Activations could not be read where they were expected."""
+
+
+class RewardError(MechRewardError):
+    """A reward was given something that it cannot score, or was combined in a way that makes no sense."""
+
+
+class ConfigError(MechRewardError):
+    """An option has an unknown name or an impossible value."""
+
+
+class MissingExtraError(MechRewardError, ImportError):
+    """An optional dependency is not installed."""
+
+    def __init__(self, package: str, extra: str):
+        super().__init__(
+            f"This needs the package '{package}', which is not installed: run pip install '.[{extra}]' in the "
+            "mechreward checkout."
+        )
+
+
+class CandidateWarning(UserWarning):
+    """A pack is used that has not passed its gate."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`` Did you mean 'x'?`` for the known name closest to a mistyped one, or nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" Did you mean '{close[0]}'?" if close else ""

@@ -1,0 +1,132 @@
+"""RolloutBatch: everything that a reward may look at besides readings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mechreward.errors import RewardError
+
+Message = Mapping[str, Any]
+Text = str | Sequence[Message]  # plain, or a conversation
+
+
+def plain_text(text: Text) -> str:
+    """The text of a prompt or completion in either of TRL's formats."""
+    if isinstance(text, str):
+        return text
+    return "\n".join(_content(message) for message in text)
+
+
+def _content(message: Message) -> str:
+    content = message.get("content") or ""
+    if isinstance(content, str):
+        return content
+    return "".join(block.get("text", "") for block in content)  # typed blocks: images carry no text
+
+
+@dataclass(frozen=True)
+class RolloutBatch:
+    """Rollouts of one generation step, as one process sees them: B rows, groups contiguous.
+
+    Attributes:
+        prompts: B prompts, plain or conversational.
+        completions: B completions, likewise.
+        prompt_ids: B lists of token ids, exactly as the model reads them, without padding.
+        completion_ids: B lists of sampled token ids, without padding.
+        columns: The dataset's other columns, B values each.
+        num_generations: Rollouts per prompt (group size).
+        eos_token_ids: Tokens that end a completion.
+        tool_mask: For multi-turn rollouts, 1 where the model wrote the token and 0 where a tool did.
+        progress: Share of the training steps that are done, 0 to 1.
+        gather: Brings the rows of all processes together, ``[B, ...] -> [B x processes, ...]``: groups may span
+            processes, and TRL gathers only after the reward functions.
+        process_index: Which of the gathered blocks of B rows is ours.
+        trust: ``[B]`` in 0..1, what the guards leave of a feature reward.
+        dropped: ``[B]`` bool, rollouts that a guard removes from training.
+        flags: What the guards said of each rollout.
+    """
+
+    prompts: Sequence[Text]
+    completions: Sequence[Text]
+    prompt_ids: Sequence[Sequence[int]]
+    completion_ids: Sequence[Sequence[int]]
+    columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    num_generations: int = 1
+    eos_token_ids: frozenset[int] = frozenset()
+    tool_mask: Sequence[Sequence[int]] | None = None
+    progress: float = 0.0
+    gather: Callable[[Tensor], Tensor] = lambda rows: rows
+    process_index: int = 0
+    trust: Tensor | None = None
+    dropped: Tensor | None = None
+    flags: Sequence[Sequence[str]] | None = None
+
+    def __post_init__(self):
+        counts = {
+            "prompts": len(self.prompts),
+            "completions": len(self.completions),
+            "prompt_ids": len(self.prompt_ids),
+            "completion_ids": len(self.completion_ids),
+            **{f"column '{name}'": len(values) for name, values in self.columns.items()},
+        }
+        if len(set(counts.values())) > 1:
+            listed = ", ".join(f"{count} {name}" for name, count in counts.items())
+            raise RewardError(f"A rollout batch needs one row each of everything, but has {listed}.")
+
+    def __len__(self) -> int:
+        return len(self.completions)
+
+    @property
+    def texts(self) -> list[str]:
+        """The completions as plain text."""
+        return [plain_text(completion) for completion in self.completions]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Real tokens of each completion: up to and including the first EOS."""
+        lengths = []
+        for ids in self.completion_ids:
+            end = next((t + 1 for t, token in enumerate(ids) if token in self.eos_token_ids), len(ids))
+            lengths.append(end)
+        return lengths
+
+    def mask(self, read_last: bool = False) -> Tensor:
+        """``[B, T]`` bool, T the longest completion: the completion tokens that are to be read.
+
+        The final sampled token is never fed back during generation, so the tap there cannot read it; it is left out
+        on every tap, unless ``read_last``, so that a reward never depends on which tap served it.
+        """
+        width = max((len(ids) for ids in self.completion_ids), default=0)
+        ends = torch.tensor(self.lengths, dtype=torch.long) - (0 if read_last else 1)
+        mask = torch.arange(width) < ends[:, None]
+        if self.tool_mask is not None:
+            for row, written in enumerate(self.tool_mask):
+                mask[row, : len(written)] &= torch.tensor(written, dtype=torch.bool)
+        return mask
+
+    def grouped(self, rows: Tensor) -> Tensor:
+        """``[B] -> [groups, num_generations]`` over all processes."""
+        everyone = self.gather(rows)
+        if len(everyone) % self.num_generations:
+            raise RewardError(
+                f"{len(everyone)} rollouts do not divide into groups of num_generations={self.num_generations}: "
+                "group statistics need whole groups."
+            )
+        return everyone.view(-1, self.num_generations, *rows.shape[1:])
+
+    def local(self, grouped: Tensor) -> Tensor:
+        """The inverse of :meth:`grouped`: this process's own B rows."""
+        start = self.process_index * len(self)
+        return grouped.reshape(-1, *grouped.shape[2:])[start : start + len(self)]
+
+    def guarded(self, trust: Tensor, dropped: Tensor, flags: Sequence[Sequence[str]]) -> RolloutBatch:
+        """This batch with a further guard's verdict: guards can only lower."""
+        if self.trust is not None and self.dropped is not None and self.flags is not None:
+            trust, dropped = torch.minimum(self.trust, trust), self.dropped | dropped
+            flags = [list(dict.fromkeys([*old, *new])) for old, new in zip(self.flags, flags, strict=True)]
+        return replace(self, trust=trust, dropped=dropped, flags=flags)

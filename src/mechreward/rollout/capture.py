@@ -1,0 +1,301 @@
+"""Hooks on HF models: where the decoder layers are, and windows in which their residual stream is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from mechreward.errors import CaptureError, ModelMismatchError
+from mechreward.readout import HookPoint, Readout, ReadoutBank
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside DDP, torch.compile and the like; PEFT stays, since its adapters are part of the forward."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod  # pyright: ignore[reportAssignmentType]
+        elif isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        else:
+            return model
+
+
+def _transformer(model: nn.Module) -> nn.Module:
+    """The HF model under PEFT."""
+    model = unwrap(model)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore
+
+
+def text_config(model: nn.Module):
+    """The configuration of the (text) decoder."""
+    config = getattr(_transformer(model), "config", None)
+    if config is None or not hasattr(config, "get_text_config"):
+        raise CaptureError(f"{type(model).__name__} has no Hugging Face config, so its decoder layers can't be found.")
+    return config.get_text_config()
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The decoder layers, found by structure: the one ModuleList of ``num_hidden_layers`` inside the text model.
+
+    Raises:
+        CaptureError: There is none, or several.
+    """
+    inner = _transformer(model)
+    count = text_config(model).num_hidden_layers
+    # A vision tower may have as many layers as the decoder: look inside the text model only.
+    decoder = inner.get_decoder() if hasattr(inner, "get_decoder") else inner  # pyright: ignore
+    found = [m for m in decoder.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    if len(found) != 1:
+        raise CaptureError(
+            f"{type(inner).__name__} holds {len(found)} lists of {count} layers where one was expected: "
+            "its layout is not supported."
+        )
+    return found[0]
+
+
+def has_absolute_positions(model: nn.Module) -> bool:
+    """Whether positions are looked up in a table (GPT-2, OPT): such models misread left-padded rows in TRL."""
+    return any(
+        isinstance(module, nn.Embedding) and ("wpe" in name or "position" in name)
+        for name, module in _transformer(model).named_modules()
+    )
+
+
+def has_active_dropout(model: nn.Module) -> bool:
+    """Whether a forward pass in the present mode would drop anything."""
+    if any(isinstance(m, nn.Dropout) and m.training and m.p > 0 for m in model.modules()):
+        return True
+    options = text_config(model).to_dict().items()  # attention drops by a function, not by a module
+    return model.training and any("dropout" in name and isinstance(p, float) and p > 0 for name, p in options)
+
+
+# What a model's name says of its architecture, for those whose SAEs are published.
+_MODEL_TYPES = {
+    "gemma-2": {"gemma2"},
+    "gemma-3": {"gemma3", "gemma3_text"},
+    "llama": {"llama"},
+    "qwen2": {"qwen2"},
+    "qwen3": {"qwen3", "qwen3_moe"},
+    "gpt2": {"gpt2"},
+    "pythia": {"gpt_neox"},
+    "pocket": {"gemma2"},
+}
+
+
+def check_fits(readouts: Iterable[Readout], model: nn.Module) -> None:
+    """Refuse readouts that were made for another model.
+
+    Raises:
+        ModelMismatchError: Layer, width or architecture disagree.
+    """
+    config, layers = text_config(model), len(decoder_layers(model))
+    for readout in readouts:
+        made_for = f" (made for {readout.model_name})" if readout.model_name else ""
+        if readout.d_model != config.hidden_size:
+            raise ModelMismatchError(
+                f"'{readout.name}'{made_for} reads vectors of width {readout.d_model}, but the model's residual stream "
+                f"has width {config.hidden_size}: use an SAE or probe of this model."
+            )
+        if readout.hook_point.layer >= layers:
+            raise ModelMismatchError(
+                f"'{readout.name}'{made_for} reads {readout.hook_point}, but the model has layers 0 to {layers - 1}: "
+                "use an SAE or probe of this model."
+            )
+        name = (readout.model_name or "").lower()
+        wanted = next((types for part, types in _MODEL_TYPES.items() if part in name), None)
+        if wanted and config.model_type not in wanted and _transformer(model).config.model_type not in wanted:  # pyright: ignore
+            raise ModelMismatchError(
+                f"'{readout.name}' was made for {readout.model_name}, but the model is a {config.model_type}: "
+                "use an SAE or probe of this model."
+            )
+
+
+class Reader(Protocol):
+    """What happens with the residual stream while a window is open."""
+
+    def __call__(self, point: HookPoint, hidden: Tensor) -> None: ...
+
+
+class _Stop(Exception):
+    """Ends a truncated forward after its deepest hook."""
+
+
+class ResidualTap:
+    """Forward hooks on decoder layers, which read only while a window is open.
+
+    Install it before the model is compiled: a hook that is added later is never called. Generation, the loss's
+    forward, recomputation under gradient checkpointing and evaluation cannot pollute each other, since each reads into
+    a window of its own or into none.
+    """
+
+    def __init__(self, model: nn.Module, points: Iterable[HookPoint]):
+        self.points = sorted(set(points))
+        self._reader: Reader | None = None
+        self._stop_at: HookPoint | None = None
+        self._fired: set[HookPoint] = set()
+        layers = decoder_layers(model)
+        self._handles = [self._install(layers[point.layer], point) for point in self.points]
+
+    def _install(self, layer: nn.Module, point: HookPoint):
+        if point.site == "resid_pre":
+
+            def before(_module, args, kwargs):
+                self._fire(point, args[0] if args else kwargs["hidden_states"])
+
+            return layer.register_forward_pre_hook(before, with_kwargs=True)
+
+        def after(_module, _args, output):
+            self._fire(point, output[0] if isinstance(output, tuple) else output)
+
+        return layer.register_forward_hook(after)
+
+    # Under torch.compile the hook runs as it stands, between two compiled pieces: a traced one would bake in
+    # whether the window was open.
+    @torch.compiler.disable
+    def _fire(self, point: HookPoint, hidden: Tensor) -> None:
+        if self._reader is None:
+            return
+        self._fired.add(point)
+        self._reader(point, hidden.detach())
+        if point == self._stop_at:
+            raise _Stop
+
+    @contextmanager
+    def window(self, reader: Reader, stop: bool = False) -> Iterator[None]:
+        """Hand the residual stream to ``reader`` inside the ``with`` block.
+
+        Args:
+            reader: Called with a hook point and its ``[rows, tokens, d_model]``, layer by layer.
+            stop: End the forward pass after the deepest hook.
+
+        Raises:
+            CaptureError: A window is open already, or some hook never fired.
+        """
+        if self._reader is not None:
+            raise CaptureError("A capture window is open already: windows do not nest.")
+        self._reader, self._fired = reader, set()
+        # resid_post sorts after resid_pre of the same layer, as it runs.
+        self._stop_at = max(self.points, key=lambda p: (p.layer, p.site == "resid_post")) if stop else None
+        try:
+            yield
+        finally:
+            self._reader, self._stop_at = None, None
+        if missing := set(self.points) - self._fired:
+            raise CaptureError(
+                f"Nothing was read at {', '.join(map(str, sorted(missing)))}: the forward pass did not run these "
+                "layers, or the model was compiled before the hooks were installed."
+            )
+
+    def close(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+
+
+class SequenceReader:
+    """Reads chosen positions of full-sequence passes that see the rows in order, in chunks of any size.
+
+    Args:
+        bank: What to read.
+        positions: ``[B, S]`` bool, the positions to read.
+    """
+
+    def __init__(self, bank: ReadoutBank, positions: Tensor):
+        self.bank, self.positions = bank, positions
+        self._values: Tensor | None = None
+        self._row = dict.fromkeys(bank.hook_points, 0)
+        self._filled = dict.fromkeys(bank.hook_points, 0)
+
+    def __call__(self, point: HookPoint, hidden: Tensor) -> None:
+        row = self._row[point]
+        chosen = self.positions[row : row + hidden.shape[0]]
+        if chosen.shape != hidden.shape[:2]:
+            raise CaptureError(
+                f"{point} saw a pass of shape {tuple(hidden.shape[:2])} where {tuple(chosen.shape)} was expected: "
+                "another forward pass ran inside the capture window."
+            )
+        rows = chosen.reshape(-1).nonzero()[:, 0].to(hidden.device)
+        if self._values is None:
+            self._values = hidden.new_zeros(int(self.positions.sum()), len(self.bank), dtype=torch.float32)
+        start = self._filled[point]
+        self.bank.encode(point, hidden.reshape(-1, hidden.shape[-1]), self._values[start : start + len(rows)], rows)
+        self._row[point], self._filled[point] = row + hidden.shape[0], start + len(rows)
+
+    def values(self) -> Tensor:
+        """``[positions.sum(), K]`` float32, in row-major order of the positions.
+
+        Raises:
+            CaptureError: Not all rows came by.
+        """
+        if set(self._row.values()) != {len(self.positions)} or self._values is None:
+            raise CaptureError(
+                f"{min(self._row.values())} of {len(self.positions)} rows were read: the pass broke off."
+            )
+        return self._values
+
+
+class GenerationReader:
+    """Reads every token as `generate` feeds it back, K floats each: one prefill, then one call a token."""
+
+    def __init__(self, bank: ReadoutBank):
+        self.bank = bank
+        self._steps: dict[HookPoint, list[Tensor]] = {point: [] for point in bank.hook_points}
+        self._prefilled: set[HookPoint] = set()
+
+    def __call__(self, point: HookPoint, hidden: Tensor) -> None:
+        if point not in self._prefilled:
+            self._prefilled.add(point)  # the prompt: not read
+            return
+        if hidden.shape[1] != 1:
+            raise CaptureError(
+                f"{point} saw {hidden.shape[1]} tokens in one decoding step: this way of generating feeds back more "
+                "than one token at a time and cannot be tapped."
+            )
+        values = hidden.new_zeros(hidden.shape[0], len(self.bank), dtype=torch.float32)
+        self.bank.encode(point, hidden[:, 0], values)
+        self._steps[point].append(values)
+
+    def values(self, rows: int, width: int) -> Tensor:
+        """``[rows, width, K]`` float32 for the completion tokens; those never fed back are 0.
+
+        Raises:
+            CaptureError: The decoding steps are not one fewer than the longest completion's tokens.
+        """
+        total = torch.zeros(rows, width, len(self.bank))
+        for point, steps in self._steps.items():
+            if len(steps) != max(width - 1, 0):
+                raise CaptureError(f"{point} saw {len(steps)} decoding steps for completions of up to {width} tokens.")
+            if steps:
+                total = total.to(steps[0].device)
+                total[:, :-1] += torch.stack(steps, dim=1)  # columns of other hook points are 0
+        return total
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside, every module's own mode restored after."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def truncated_forward(model: nn.Module, tap: ResidualTap, reader: Reader, calls: Callable[[nn.Module], None]) -> None:
+    """Run ``calls(model)`` once, uncompiled and in eval mode, and stop after the tap's deepest hook."""
+    inner = unwrap(model)
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(evaluating(inner))
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        with tap.window(reader, stop=True):
+            try:
+                calls(inner)
+            except _Stop:
+                return

@@ -1,0 +1,188 @@
+"""Readings by one truncated forward pass of a Hugging Face model, and rollouts sampled from one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from mechreward.errors import RewardError
+from mechreward.readout import Readings, Readout, ReadoutBank, Request
+from mechreward.rollout.batch import RolloutBatch, Text, plain_text
+from mechreward.rollout.capture import ResidualTap, SequenceReader, check_fits, truncated_forward
+
+if TYPE_CHECKING:
+    from mechreward.reward.base import Reward, Scores
+
+MAX_TOKENS = 16_384
+"""Padded tokens in one forward pass of our own."""
+
+
+def read_forward(
+    model: nn.Module,
+    batch: RolloutBatch,
+    bank: ReadoutBank,
+    read_last: bool = False,
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
+    max_tokens: int = MAX_TOKENS,
+) -> dict[Readout, Readings]:
+    """Read a batch's completions with forward passes of our own, truncated after the deepest hook.
+
+    Rows are padded on the right, so that positions are right even for models that look them up in a table, and sorted
+    by length, so that little is padded. The model is in eval mode meanwhile.
+
+    Args:
+        model: Any HF causal language model, wrapped or not.
+        batch: B rollouts, T tokens in the longest completion.
+        bank: What to read.
+        read_last: Include the final sampled token.
+        autocast: The precision context of the trainer's own passes.
+        max_tokens: Padded tokens in one pass.
+
+    Returns:
+        For each readout, values ``[B, T, K']`` float32 and mask ``[B, T]``, on the model's device.
+
+    Raises:
+        CaptureError: The model's layout is not supported.
+    """
+    device = next(model.parameters()).device
+    mask = batch.mask(read_last)
+    values = torch.zeros(*mask.shape, len(bank), device=device)
+    rows = [list(p) + list(c) for p, c in zip(batch.prompt_ids, batch.completion_ids, strict=True)]
+    order = [i for i in sorted(range(len(rows)), key=lambda i: len(rows[i])) if mask[i].any()]
+    tap = ResidualTap(model, bank.hook_points)
+    try:
+        while order:
+            width = len(rows[order[-1]])
+            count = max(1, max_tokens // width)
+            order, chunk = order[:-count], order[-count:]
+            ids = torch.zeros(len(chunk), width, dtype=torch.long)
+            attention = torch.zeros_like(ids)
+            positions = torch.zeros_like(ids, dtype=torch.bool)
+            for k, i in enumerate(chunk):
+                ids[k, : len(rows[i])] = torch.tensor(rows[i])
+                attention[k, : len(rows[i])] = 1
+                start, length = len(batch.prompt_ids[i]), len(batch.completion_ids[i])
+                positions[k, start : start + length] = mask[i, :length]
+            reader = SequenceReader(bank, positions)
+            inputs = {"input_ids": ids.to(device), "attention_mask": attention.to(device), "use_cache": False}
+            with autocast():
+                truncated_forward(model, tap, reader, lambda m, inputs=inputs: m(**inputs))
+            block = torch.zeros(len(chunk), *values.shape[1:], device=device)
+            block[mask[chunk].to(device)] = reader.values()
+            values[chunk] = block
+    finally:
+        tap.close()
+    return bank.split(values, mask.to(device))
+
+
+def group_requests(requests: Sequence[Request]) -> dict[tuple[str, bool], ReadoutBank]:
+    """One bank for each (reads, read_last) that is asked for."""
+    groups: dict[tuple[str, bool], list[Readout]] = {}
+    for request in requests:
+        groups.setdefault((request.reads, request.read_last), []).append(request.readout)
+    return {key: ReadoutBank(readouts) for key, readouts in groups.items()}
+
+
+class HFSource:
+    """Activation source for rewards that are called without a trainer: a model and its tokenizer.
+
+    Args:
+        model: The model whose activations are read (``reads="policy"``).
+        tokenizer: Its tokenizer, which encodes prompts, and completions that come without ids.
+        reference: The model for ``reads="reference"``; without one, such rewards are refused.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any, reference: nn.Module | None = None):
+        self.models = {"policy": model, "reference": reference}
+        self.tokenizer = tokenizer
+
+    def batch(
+        self,
+        prompts: Sequence[Text],
+        completions: Sequence[Text],
+        completion_ids: Sequence[Sequence[int]] | None,
+        columns: Mapping[str, Sequence[Any]],
+    ) -> RolloutBatch:
+        """Tokenise what a reward was called with."""
+        eos = self.tokenizer.eos_token_id
+        if completion_ids is None:
+            texts = [plain_text(c) for c in completions]
+            completion_ids = [[*self.tokenizer(t, add_special_tokens=False).input_ids, eos] for t in texts]
+        return RolloutBatch(
+            prompts=prompts,
+            completions=completions,
+            prompt_ids=[self._prompt_ids(p) for p in prompts],
+            completion_ids=completion_ids,
+            columns=columns,
+            num_generations=len(prompts),
+            eos_token_ids=frozenset({eos}),
+        )
+
+    def _prompt_ids(self, prompt: Text) -> list[int]:
+        if isinstance(prompt, str):
+            return self.tokenizer(prompt).input_ids
+        return self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True).input_ids
+
+    def read(self, batch: RolloutBatch, requests: Sequence[Request]) -> dict[Request, Readings]:
+        """Readings for each request, by one truncated forward a model."""
+        found: dict[Request, Readings] = {}
+        for (reads, read_last), bank in group_requests(requests).items():
+            model = self.models[reads]
+            if model is None:
+                raise RewardError('A reward with reads="reference" needs HFSource(model, tokenizer, reference=...).')
+            check_fits(bank.readouts, model)
+            by_readout = read_forward(model, batch, bank, read_last)
+            found |= {Request(r, reads, read_last): readings for r, readings in by_readout.items()}  # pyright: ignore
+        return found
+
+    def accept(self, reward: Reward, batch: RolloutBatch, scores: Scores) -> None:
+        """Dense rewards have nowhere to go without our trainer."""
+        refuse_dense(scores)
+
+
+def refuse_dense(scores: Scores) -> None:
+    """A list of numbers cannot carry per-token rewards.
+
+    Raises:
+        RewardError: There are some.
+    """
+    if scores.dense:
+        raise RewardError(
+            'aggregation="per_token" needs dense advantages, which only MechRewardGRPOTrainer can give: use it in '
+            "place of GRPOTrainer, or choose another aggregation."
+        )
+
+
+@torch.no_grad()
+def sample(
+    model: Any, tokenizer: Any, prompts: Sequence[str], num_generations: int, batch_size: int = 256, **generate: Any
+) -> RolloutBatch:
+    """Sample rollouts with HF `generate`, ``num_generations`` a prompt, groups contiguous.
+
+    Uses the model's own generation settings unless ``generate`` overrides them; torch's global seed decides.
+    """
+    repeated = [p for p in prompts for _ in range(num_generations)]
+    eos, prompt_ids, completion_ids = tokenizer.eos_token_id, [], []
+    for start in range(0, len(repeated), batch_size):
+        inputs = tokenizer(
+            repeated[start : start + batch_size], return_tensors="pt", padding=True, padding_side="left"
+        ).to(model.device)
+        output: Tensor = model.generate(**inputs, **generate)
+        width = inputs.input_ids.shape[1]
+        for row, mask in zip(output.tolist(), inputs.attention_mask.tolist(), strict=True):
+            prompt_ids.append([token for token, real in zip(row, mask, strict=False) if real])
+            completion = row[width:]
+            end = completion.index(eos) + 1 if eos in completion else len(completion)
+            completion_ids.append(completion[:end])
+    return RolloutBatch(
+        prompts=repeated,
+        completions=tokenizer.batch_decode(completion_ids, skip_special_tokens=True),
+        prompt_ids=prompt_ids,
+        completion_ids=completion_ids,
+        num_generations=num_generations,
+        eos_token_ids=frozenset({eos}),
+    )

@@ -1,0 +1,178 @@
+"""Who is calling, and where its activations are: the one place that knows a plain TRL trainer from the inside.
+
+TRL passes reward functions bound methods of the trainer (``log_metric``, ``log_extra``), so that
+``log_metric.__self__`` is the trainer, and with it the live policy.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from mechreward.errors import RewardError
+from mechreward.readout import Readings, Readout, ReadoutBank, Request
+from mechreward.rollout.batch import RolloutBatch, Text
+from mechreward.rollout.capture import check_fits, unwrap
+from mechreward.rollout.hf import group_requests, read_forward, refuse_dense
+
+if TYPE_CHECKING:
+    from mechreward.reward.base import Reward, Scores, Source
+
+logger = logging.getLogger(__name__)
+
+
+def resolve_source(source: Source | None, log_metric: Callable | None, needs_model: bool) -> Source:
+    """The activation source behind a call of a reward.
+
+    Raises:
+        RewardError: Nobody gave one.
+    """
+    if source is not None:
+        return source
+    trainer = getattr(log_metric, "__self__", None)
+    if hasattr(trainer, "rollout_source"):  # ours
+        return trainer.rollout_source  # pyright: ignore
+    if hasattr(trainer, "accelerator") and hasattr(trainer, "_tokenize_prompts"):
+        return TrainerSource(trainer)
+    if needs_model:
+        raise RewardError(
+            "This reward reads activations and was called without a trainer: pass source=HFSource(model, tokenizer) "
+            "(from mechreward.rollout.hf)."
+        )
+    return TextOnly()
+
+
+class TextOnly:
+    """For rewards that need no activations, called by hand."""
+
+    def batch(
+        self,
+        prompts: Sequence[Text],
+        completions: Sequence[Text],
+        completion_ids: Sequence[Sequence[int]] | None,
+        columns: Mapping[str, Sequence[Any]],
+    ) -> RolloutBatch:
+        ids = [[]] * len(completions) if completion_ids is None else completion_ids
+        return RolloutBatch(prompts, completions, [[]] * len(prompts), ids, columns, num_generations=len(prompts) or 1)
+
+    def read(self, batch: RolloutBatch, requests: Sequence[Request]) -> dict[Request, Readings]:
+        return {}
+
+    def accept(self, reward: Reward, batch: RolloutBatch, scores: Scores) -> None:
+        refuse_dense(scores)
+
+
+class TrainerSource:
+    """A plain `trl.GRPOTrainer`: prompts are tokenised by its own method, readings cost one truncated forward."""
+
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+
+    def batch(
+        self,
+        prompts: Sequence[Text],
+        completions: Sequence[Text],
+        completion_ids: Sequence[Sequence[int]] | None,
+        columns: Mapping[str, Sequence[Any]],
+    ) -> RolloutBatch:
+        """The rollouts that the trainer is scoring.
+
+        Raises:
+            RewardError: Their token ids cannot be had exactly.
+        """
+        trainer = self.trainer
+        if completion_ids is None:
+            raise RewardError("The trainer passes no completion_ids: TRL 1.0 or newer is needed.")
+        if getattr(trainer, "tools", None) or "images" in columns or "image" in columns:
+            raise RewardError(
+                "With tools or images a reward function cannot see the exact tokens: use MechRewardGRPOTrainer."
+            )
+        return describe(
+            trainer, prompts, completions, trainer._tokenize_prompts(list(prompts))[0], completion_ids, columns
+        )
+
+    def read(self, batch: RolloutBatch, requests: Sequence[Request]) -> dict[Request, Readings]:
+        """One truncated forward for each model that is read."""
+        return {
+            Request(readout, reads, read_last): readings  # pyright: ignore
+            for (reads, read_last), bank in group_requests(requests).items()
+            for readout, readings in read_with_trainer(self.trainer, batch, bank, reads, read_last).items()
+        }
+
+    def accept(self, reward: Reward, batch: RolloutBatch, scores: Scores) -> None:
+        refuse_dense(scores)
+
+
+def describe(
+    trainer: Any,
+    prompts: Sequence[Text],
+    completions: Sequence[Text],
+    prompt_ids: Sequence[Sequence[int]],
+    completion_ids: Sequence[Sequence[int]],
+    columns: Mapping[str, Sequence[Any]],
+    tool_mask: Sequence[Sequence[int]] | None = None,
+) -> RolloutBatch:
+    """A rollout batch with the trainer's groups, progress and processes."""
+    state, training = trainer.state, trainer.model.training
+    return RolloutBatch(
+        prompts=prompts,
+        completions=completions,
+        prompt_ids=prompt_ids,
+        completion_ids=completion_ids,
+        columns=columns,
+        num_generations=trainer.num_generations if training else trainer.num_generations_eval,
+        eos_token_ids=frozenset(trainer.eos_token_ids),
+        tool_mask=tool_mask,
+        progress=min(1.0, state.global_step / state.max_steps) if state.max_steps else 0.0,
+        gather=lambda rows: trainer.accelerator.gather(rows.to(trainer.accelerator.device)).to(rows.device),
+        process_index=trainer.accelerator.process_index,
+    )
+
+
+def read_with_trainer(
+    trainer: Any, batch: RolloutBatch, bank: ReadoutBank, reads: str, read_last: bool
+) -> dict[Readout, Readings]:
+    """A truncated forward of the trainer's policy, or of the model that it started from."""
+    autocast = trainer.accelerator.autocast
+    if reads == "policy":
+        model = unwrap(trainer.accelerator.unwrap_model(trainer.model))
+        check_fits(bank.readouts, model)
+        return read_forward(model, batch, bank, read_last, autocast)
+    with reference_model(trainer) as model:
+        check_fits(bank.readouts, model)
+        return read_forward(model, batch, bank, read_last, autocast)
+
+
+@contextmanager
+def reference_model(trainer: Any) -> Iterator[nn.Module]:
+    """The frozen model that training started from: TRL's own, the policy without its adapter, or a frozen copy.
+
+    Raises:
+        RewardError: ``sync_ref_model`` moves the reference.
+    """
+    if trainer.args.sync_ref_model:
+        raise RewardError('reads="reference" needs a frozen reference: set sync_ref_model=False.')
+    policy = trainer.accelerator.unwrap_model(trainer.model)
+    if trainer.ref_model is not None:
+        yield unwrap(trainer.accelerator.unwrap_model(trainer.ref_model))
+    elif hasattr(policy, "peft_config"):
+        from trl.trainer.utils import use_adapter
+
+        with use_adapter(policy, adapter_name="ref" if "ref" in policy.peft_config else None):
+            yield policy
+    else:
+        yield frozen_copy(trainer, policy)
+
+
+def frozen_copy(trainer: Any, policy: Any) -> nn.Module:
+    """The starting model, loaded once from where the policy came from and kept on the trainer."""
+    if getattr(trainer, "mechreward_reference", None) is None:
+        origin = policy.config._name_or_path
+        logger.warning('beta=0 keeps no reference model: loading a frozen copy of %s for reads="reference".', origin)
+        copy = type(policy).from_pretrained(origin, dtype=policy.dtype).to(trainer.accelerator.device)
+        trainer.mechreward_reference = copy.eval().requires_grad_(False)
+    return trainer.mechreward_reference

@@ -1,0 +1,114 @@
+"""`load_sae`: published releases by name, through SAELens' registry, and the ones that are shipped here."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from mechreward import pocket
+from mechreward.errors import MissingExtraError, SAEError, nearest
+from mechreward.readout import HookPoint
+from mechreward.sae import formats
+from mechreward.sae.handle import SAEHandle
+
+SHIPPED = {
+    "pocket-res-canonical": {
+        "layer_2/width_2k/canonical": "jumprelu",
+        "layer_2/width_2k/topk": "topk",
+    }
+}
+
+
+def load_sae(
+    release: str | None = None,
+    sae_id: str | None = None,
+    *,
+    path: str | Path | None = None,
+    revision: str | None = None,
+) -> SAEHandle:
+    """Find a sparse autoencoder; its weights are read later, and only the columns that are used.
+
+    Args:
+        release: A release name, as SAELens lists them, e.g. ``"gemma-scope-9b-pt-res-canonical"``.
+        sae_id: The id inside the release, e.g. ``"layer_22/width_16k/canonical"``.
+        path: A local folder or file instead.
+        revision: Branch, tag or commit of the release's repository.
+
+    Raises:
+        SAEError: The release, id or file does not exist, cannot be fetched, or is damaged.
+        MissingExtraError: The release is SAELens', and SAELens is not installed.
+    """
+    if path is not None:
+        return formats.open_path(Path(path))
+    if release is None or sae_id is None:
+        raise SAEError("load_sae needs release= and sae_id=, or path=.")
+    if release in SHIPPED:
+        folder = pocket.files() / "saes" / _known(release, sae_id, SHIPPED[release])
+        return formats.saelens(folder, name=f"{release}/{sae_id}")
+    entry = _known_release(release)
+    found = {str(sae["id"]): sae for sae in entry["saes"]}
+    stored_at = str(_known(release, sae_id, {known: sae["path"] for known, sae in found.items()}))
+    return _fetch(release, sae_id, entry, found[sae_id], stored_at, revision)
+
+
+def _known(release: str, sae_id: str, ids: dict[str, Any]) -> Any:
+    if sae_id not in ids:
+        raise SAEError(f"Release '{release}' has no SAE '{sae_id}'.{nearest(sae_id, ids)}")
+    return ids[sae_id]
+
+
+@functools.cache
+def saelens_directory() -> dict[str, Any]:
+    """SAELens' list of releases, read from its data file: importing SAELens itself takes ten seconds."""
+    package = importlib.util.find_spec("sae_lens")
+    if package is None or package.origin is None:
+        raise MissingExtraError("sae-lens", "sae")
+    import yaml
+
+    text = (Path(package.origin).parent / "pretrained_saes.yaml").read_text()
+    return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+
+
+def _known_release(release: str) -> dict[str, Any]:
+    directory = saelens_directory()
+    if release not in directory:
+        raise SAEError(f"There is no release '{release}'.{nearest(release, [*SHIPPED, *directory])}")
+    return directory[release]
+
+
+def _fetch(
+    release: str, sae_id: str, entry: dict[str, Any], sae: dict[str, Any], stored_at: str, revision: str | None
+) -> SAEHandle:
+    convert, repo = entry.get("conversion_func"), entry["repo_id"]
+    name = f"{release}/{sae_id}"
+    if convert == "gemma_2":
+        if not repo.endswith("-res"):
+            raise SAEError(f"{name} does not read the residual stream: choose a '-res' release.")
+        layer = int(stored_at.split("/")[0].removeprefix("layer_"))
+        file = download(repo, f"{stored_at}/params.npz", revision)
+        return formats.gemma_scope(file, HookPoint(layer), entry["model"], name)
+    if convert is None:
+        folder = download(repo, f"{stored_at}/cfg.json", revision).parent
+        download(repo, f"{stored_at}/sae_weights.safetensors", revision)
+        return formats.saelens(folder, entry["model"], sae.get("norm_scaling_factor", 1.0), name)
+    raise SAEError(f"{name} is stored in the format '{convert}', which this version does not read.")
+
+
+def download(repo: str, file: str, revision: str | None = None) -> Path:
+    """A file of a hub repository, from the cache or the network.
+
+    Raises:
+        SAEError: It cannot be had, with the ways out.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(repo, file, revision=revision))
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise SAEError(
+            f"{repo}/{file} could not be fetched ({type(error).__name__}): connect to the hub (or set HF_ENDPOINT to a "
+            "mirror), or fill the cache elsewhere with 'hf download' and copy it here, or pass load_sae(path=...)."
+        ) from error
