@@ -1,0 +1,94 @@
+"""Detectors look at rollouts for signs of gaming, and lower the trust in their feature rewards."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from mechreward.readout import Readings, Request
+from mechreward.rollout.batch import RolloutBatch
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a guard says of B rollouts.
+
+    Attributes:
+        trust: ``[B]`` in 0..1, what is left of a positive feature reward.
+        dropped: ``[B]`` bool, rollouts to leave out of training.
+        flags: For each rollout the reasons, in words; empty for a clean one.
+    """
+
+    trust: Tensor
+    dropped: Tensor
+    flags: Sequence[Sequence[str]]
+
+
+class Guard(Protocol):
+    """Anything that may lower a rollout's feature reward."""
+
+    @property
+    def requests(self) -> list[Request]: ...
+
+    def __call__(self, batch: RolloutBatch, readings: Mapping[Request, Readings]) -> Verdict: ...
+
+
+def apply_guards(guards: Sequence[Guard], batch: RolloutBatch, readings: Mapping[Request, Readings]) -> RolloutBatch:
+    """The batch with every guard's verdict: the lowest trust wins."""
+    for guard in guards:
+        verdict = guard(batch, readings)
+        batch = batch.guarded(verdict.trust, verdict.dropped, verdict.flags)
+    return batch
+
+
+class RepetitionDetector:
+    """Flags completions that say the same thing over and over.
+
+    The score is the share of a completion's n-grams of token ids that have occurred before in it:
+    1 - distinct / total (Welleck et al. 2020, arXiv 1908.04319, seq-rep-n).
+
+    Args:
+        n: Length of the n-grams.
+        threshold: Flag above this score.
+        min_ngrams: Completions with fewer n-grams are never flagged.
+        action: ``"downweight"`` leaves ``trust`` of a positive feature reward; ``"drop"`` removes the rollout from
+            training.
+        trust: What is left of it.
+    """
+
+    requests: list[Request] = []
+
+    def __init__(
+        self,
+        n: int = 4,
+        threshold: float = 0.5,
+        min_ngrams: int = 16,
+        action: Literal["downweight", "drop"] = "downweight",
+        trust: float = 0.0,
+    ):
+        self.n, self.threshold, self.min_ngrams, self.action, self.trust = n, threshold, min_ngrams, action, trust
+
+    def repetition(self, ids: Sequence[int]) -> float:
+        """seq-rep-n of one completion, 0 (nothing repeated) to nearly 1."""
+        grams = Counter(tuple(ids[i : i + self.n]) for i in range(len(ids) - self.n + 1))
+        total = sum(grams.values())
+        return 0.0 if total < self.min_ngrams else 1 - len(grams) / total
+
+    def __call__(self, batch: RolloutBatch, readings: Mapping[Request, Readings]) -> Verdict:
+        scores = [
+            self.repetition(ids[:length]) for ids, length in zip(batch.completion_ids, batch.lengths, strict=True)
+        ]
+        flagged = torch.tensor([score > self.threshold for score in scores], dtype=torch.bool)
+        return Verdict(
+            trust=torch.where(flagged, self.trust, 1.0),
+            dropped=flagged & (self.action == "drop"),
+            flags=[
+                [f"repetition: {score:.0%} of {self.n}-grams repeat"] if flag else []
+                for score, flag in zip(scores, flagged.tolist(), strict=True)
+            ],
+        )

@@ -1,0 +1,434 @@
+"""MechRewardGRPOTrainer: a `trl.GRPOTrainer` whose rewards read activations from passes that run anyway."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mechreward.errors import ConfigError, MechRewardError, MissingExtraError, RewardError, nearest
+from mechreward.hacking.detectors import Guard, RepetitionDetector, apply_guards
+from mechreward.readout import Readings, ReadoutBank, Request
+from mechreward.reward.base import Dense, Reward, Scores
+from mechreward.reward.composition import warn_if_weight_cancels
+from mechreward.reward.normalization import dense_zscore
+from mechreward.rollout.batch import RolloutBatch, Text
+from mechreward.rollout.capture import (
+    GenerationReader,
+    ResidualTap,
+    SequenceReader,
+    check_fits,
+    has_absolute_positions,
+    has_active_dropout,
+    unwrap,
+)
+from mechreward.rollout.hf import group_requests
+from mechreward.rollout.resolve import describe, read_with_trainer, reference_model
+
+try:
+    from trl import GRPOConfig, GRPOTrainer
+except ModuleNotFoundError as error:
+    raise MissingExtraError("trl", "trl") from error
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class MechRewardGRPOConfig(GRPOConfig):
+    """`trl.GRPOConfig` with a KL penalty by default.
+
+    Attributes:
+        beta: KL coefficient. TRL's own default is 0; a feature reward without KL is gamed within tens of steps.
+        repetition_guard: Run the repetition detector when the trainer is given no guards.
+    """
+
+    beta: float = field(default=0.04, metadata={"help": "KL coefficient."})
+    repetition_guard: bool = field(default=True, metadata={"help": "Run the repetition detector by default."})
+
+
+def _naming_unknown_options(init):
+    """A mistyped option gets one sentence with the nearest name, not a TypeError from generated code."""
+
+    def checked(self, *args, **kwargs):
+        known = {f.name for f in fields(self)}
+        unknown = next((name for name in kwargs if name not in known), None)
+        if unknown is not None:
+            raise ConfigError(f"{type(self).__name__} has no option '{unknown}'.{nearest(unknown, known)}")
+        init(self, *args, **kwargs)
+
+    checked.__signature__ = inspect.signature(init)  # pyright: ignore[reportFunctionMemberAccess]
+    return checked
+
+
+MechRewardGRPOConfig.__init__ = _naming_unknown_options(MechRewardGRPOConfig.__init__)
+
+
+@dataclass
+class _Step:
+    """What one generation step has gathered so far."""
+
+    batch: RolloutBatch | None = None
+    read: dict[Request, Readings] = field(default_factory=dict)
+    dense: list[tuple[Reward, Dense]] = field(default_factory=list)
+    dropped: Tensor | None = None
+    generation: GenerationReader | None = None
+
+
+class MechRewardGRPOTrainer(GRPOTrainer):
+    """`trl.GRPOTrainer`, with readings from the cheapest pass that yields them, guards, monitors, dense advantages.
+
+    Any script that uses GRPOTrainer runs after changing the class's name. Where a reading comes from is decided anew
+    for each step and logged (``taps``):
+
+    * policy: TRL's old-logprob pass where it runs one, else the generation, else one truncated forward;
+    * reference: TRL's reference pass where ``beta > 0``, else one truncated forward.
+
+    Args:
+        model, reward_funcs, args, ...: As for `trl.GRPOTrainer`. Without ``args``, a :class:`MechRewardGRPOConfig`.
+        guards: What may lower feature rewards; by default the repetition detector.
+        monitors: Rewards that are computed and logged (``monitor/...``) and never enter the reward.
+
+    Raises:
+        ModelMismatchError: An SAE or probe was made for another model.
+        RewardError: Per-token rewards with sequence-level importance sampling; a moving reference.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        reward_funcs: Any = None,
+        args: GRPOConfig | None = None,
+        *positional: Any,
+        guards: Sequence[Guard] | None = None,
+        monitors: Sequence[Reward] = (),
+        **kwargs: Any,
+    ):
+        if args is None:
+            name = model if isinstance(model, str) else model.config._name_or_path
+            args = MechRewardGRPOConfig(f"{str(name).split('/')[-1]}-GRPO")
+        if guards is None:
+            guards = [RepetitionDetector()] if getattr(args, "repetition_guard", True) else []
+        self.guards, self.monitors = list(guards), list(monitors)
+        self.taps: dict[str, str] = {}
+        self.hook_seconds = 0.0
+        self._step_state = _Step()
+        self._scoring = False
+        super().__init__(model, reward_funcs, args, *positional, **kwargs)
+        self.rollout_source = _TappedSource(self)
+        self._banks = group_requests(self._requests())
+        self._check()
+        self._policy_tap = self._install(self.model, "policy")
+        self._reference_tap = self._install(self.ref_model, "reference") if self.ref_model is not None else None
+
+    # -- what is to be read -------------------------------------------------------------------------------------------
+
+    def _requests(self) -> list[Request]:
+        parts = [*self.reward_funcs, *self.guards, *self.monitors]
+        return list(dict.fromkeys(request for part in parts for request in getattr(part, "requests", ())))
+
+    def _check(self) -> None:
+        """Refuse what cannot work before anything is trained."""
+        for (reads, _), bank in self._banks.items():
+            check_fits(bank.readouts, self.model)
+            if reads == "reference" and self.args.sync_ref_model:
+                raise RewardError('reads="reference" needs a frozen reference: set sync_ref_model=False.')
+        dense = any("per_token" in str(getattr(r, "aggregation", "")) for r in _all_rewards(self.reward_funcs))
+        if dense and self.importance_sampling_level == "sequence":
+            raise RewardError(
+                'aggregation="per_token" gives each token its own advantage, which '
+                'importance_sampling_level="sequence" cannot use: choose "token".'
+            )
+        if self.beta == 0 and self._banks:
+            logger.warning("beta=0: nothing keeps the policy near its start, and feature rewards are easy to game.")
+        for reward in self.reward_funcs:
+            warn_if_weight_cancels(reward, self.scale_rewards)
+
+    def _install(self, model: Any, reads: str) -> ResidualTap | None:
+        """Hooks for later windows, put in place now: before anything is compiled."""
+        with_peft_reference = reads == "policy" and self.ref_model is None
+        points = {
+            point
+            for (who, _), bank in self._banks.items()
+            if who == reads or (who == "reference" and with_peft_reference)
+            for point in bank.hook_points
+        }
+        return ResidualTap(unwrap(self.accelerator.unwrap_model(model)), points) if points else None
+
+    # -- which pass serves ---------------------------------------------------------------------------------------------
+
+    def _choose(self, reads: str, read_last: bool) -> str:
+        """``old_logprobs``, ``reference``, ``generation`` or ``forward`` (a pass of our own)."""
+        if read_last or has_absolute_positions(self.model):
+            return "forward"
+        # TRL masks truncated completions out of the attention of its own passes, which changes what they compute.
+        intact = not self.mask_truncated_completions
+        if reads == "reference":
+            runs = self.beta != 0 and (self.ref_model is not None or not self._base_drops())
+            return "reference" if runs and intact else "forward"
+        if has_active_dropout(self.model):
+            return "forward"
+        if self._runs_old_logprobs() and intact:
+            return "old_logprobs"
+        return "generation" if self._generates_token_by_token() else "forward"
+
+    def _base_drops(self) -> bool:
+        """Dropout outside the adapter, which stays active while the adapter is switched off."""
+        return any(
+            isinstance(m, torch.nn.Dropout) and m.training and m.p > 0 and "lora" not in name
+            for name, m in self.model.named_modules()
+        )
+
+    def _runs_old_logprobs(self) -> bool:
+        # The condition in GRPOTrainer._generate_and_score_completions.
+        generate_every = self.args.steps_per_generation * self.num_iterations
+        misaligned = self.args.gradient_accumulation_steps % generate_every != 0
+        return misaligned or (self.use_vllm and self.vllm_importance_sampling_correction)
+
+    def _generates_token_by_token(self) -> bool:
+        if self.use_vllm or self.use_transformers_continuous_batching or self.rollout_func is not None or self.tools:
+            return False
+        config = self.generation_config
+        return config.get_generation_mode().value in ("sample", "greedy_search") and not config.prefill_chunk_size
+
+    def _plan(self) -> None:
+        """Decide for this step, and say so when it changes."""
+        taps = {reads + (" with last token" if last else ""): self._choose(reads, last) for reads, last in self._banks}
+        if taps != self.taps:
+            self.taps = taps
+            for what, tap in taps.items():
+                logger.info("Readings of the %s come from: %s.", what, tap)
+
+    def _bank(self, reads: str, tap: str) -> ReadoutBank | None:
+        """What this pass is to read, if anything."""
+        return self._banks.get((reads, False)) if self.taps.get(reads) == tap else None
+
+    # -- TRL's passes, with windows ------------------------------------------------------------------------------------
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        self._step_state, self._scoring = _Step(), True
+        self._plan()
+        try:
+            output = super()._generate_and_score_completions(inputs)
+        except MechRewardError:
+            self._save_what_there_is()
+            raise
+        finally:
+            self._scoring = False
+        output["advantages"] = self._dense_advantages(output["advantages"], output["completion_ids"].shape[1])
+        return output
+
+    def _generate(self, prompts: list):
+        bank = self._bank("policy", "generation")
+        if bank is None:
+            generated = super()._generate(prompts)
+        else:
+            self._step_state.generation = GenerationReader(bank)
+            with self._window(self._policy_tap, self._step_state.generation):
+                generated = super()._generate(prompts)
+        prompt_ids, completion_ids, tool_mask, completions = generated[:4]
+        self._step_state.batch = describe(self, prompts, completions, prompt_ids, completion_ids, {}, tool_mask)
+        if bank is not None and self._step_state.generation is not None:
+            mask = self._step_state.batch.mask()
+            values = self._step_state.generation.values(*mask.shape)
+            self._keep("policy", bank, values, mask.to(values.device))
+        return generated
+
+    def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
+        # The loss's forward comes through here too, with gradients, on shuffled rows, after the scoring.
+        reads = "reference" if self._is_reference(model) else "policy"
+        tap = "reference" if reads == "reference" else "old_logprobs"
+        bank = self._bank(reads, tap) if self._scoring and not torch.is_grad_enabled() else None
+        batch = self._step_state.batch
+        if bank is None or batch is None:
+            return super()._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
+            )
+        mask = batch.mask().to(input_ids.device)
+        positions = torch.zeros_like(input_ids, dtype=torch.bool)
+        start = input_ids.shape[1] - logits_to_keep
+        positions[:, start : start + mask.shape[1]] = mask
+        reader = SequenceReader(bank, positions)
+        with self._window(self._policy_tap if model is not self.ref_model else self._reference_tap, reader):
+            result = super()._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
+            )
+        values = torch.zeros(*mask.shape, len(bank), device=input_ids.device)
+        values[mask] = reader.values()
+        self._keep(reads, bank, values, mask)
+        return result
+
+    def _is_reference(self, model: Any) -> bool:
+        if self.ref_model is not None:
+            return model is self.ref_model
+        policy = self.accelerator.unwrap_model(model)
+        if not hasattr(policy, "peft_config"):
+            return False
+        switched_off = any(getattr(m, "disable_adapters", False) for m in policy.modules())
+        return switched_off or "ref" in policy.active_adapters
+
+    @contextmanager
+    def _window(self, tap: ResidualTap | None, reader: Any) -> Iterator[None]:
+        """Read in this block, and count the time that reading takes."""
+        assert tap is not None  # a bank for this pass implies hooks on its model
+
+        def timed(point, hidden):
+            began = time.perf_counter()
+            reader(point, hidden)
+            self.hook_seconds += time.perf_counter() - began
+
+        with tap.window(timed):
+            yield
+
+    def _keep(self, reads: str, bank: ReadoutBank, values: Tensor, mask: Tensor) -> None:
+        for readout, readings in bank.split(values, mask).items():
+            self._step_state.read[Request(readout, reads)] = readings  # pyright: ignore[reportArgumentType]
+
+    def readings(self, batch: RolloutBatch, requests: Sequence[Request]) -> Mapping[Request, Readings]:
+        """What the taps have read; what they have not is read now, by one truncated forward for each model."""
+        read = self._step_state.read
+        for (reads, read_last), bank in group_requests([r for r in requests if r not in read]).items():
+            began = time.perf_counter()
+            for readout, readings in read_with_trainer(self, batch, bank, reads, read_last).items():
+                read[Request(readout, reads, read_last)] = readings  # pyright: ignore[reportArgumentType]
+            self.hook_seconds += time.perf_counter() - began
+        return read
+
+    # -- rewards, guards, monitors -------------------------------------------------------------------------------------
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        columns = {
+            name: [example[name] for example in inputs]
+            for name in inputs[0]
+            if name not in ("prompt", "completion", "completion_ids")
+        }
+        step = self._step_state
+        assert step.batch is not None  # set by _generate
+        batch = replace(step.batch, prompts=prompts, completions=completions, columns=columns)
+        # All models are read here, in one pass each, before the first reward asks.
+        readings = self.readings(batch, [Request(r, *key) for key, bank in self._banks.items() for r in bank.readouts])  # pyright: ignore
+        step.batch = apply_guards(self.guards, batch, readings)
+        step.dropped = step.batch.dropped
+        with self._naming_the_reward():
+            rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        self._run_monitors(step.batch, readings)
+        self._log_step(step.batch)
+        if step.dropped is not None:
+            everyone = self.accelerator.gather(step.dropped.to(rewards.device))
+            rewards = rewards.masked_fill(everyone[:, None], torch.nan)  # type: ignore[index]
+        return rewards
+
+    @contextmanager
+    def _naming_the_reward(self) -> Iterator[None]:
+        """A reward that raises ends the step with one sentence; what was trained so far is saved."""
+        try:
+            yield
+        except MechRewardError:
+            raise
+        except Exception as error:
+            raise RewardError(
+                f"A reward function raised {type(error).__name__}: {error} (step {self.state.global_step}). Mend it and "
+                f"resume from the last checkpoint in {self.args.output_dir}."
+            ) from error
+
+    def _save_what_there_is(self) -> None:
+        """A checkpoint of the weights before the failed step, where one process can write it alone."""
+        if self.accelerator.num_processes > 1 or not self.model.training or self.optimizer is None:
+            return
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if self.state.global_step > 0 and not folder.exists():
+            self._save_checkpoint(self.model, trial=None)
+            logger.error("Saved the state before the failed step in %s.", folder)
+
+    def _run_monitors(self, batch: RolloutBatch, readings: Mapping[Request, Readings]) -> None:
+        for monitor in self.monitors:
+            scores = monitor.score(replace(batch, trust=None), readings)
+            values = scores.parts.get("raw", scores.values)
+            if not values.isnan().all():
+                self._log_metric(f"monitor/{monitor.__name__}", float(values.nanmean()))
+            self._log_completion_extra(f"monitor/{monitor.__name__}", values.tolist())
+
+    def _log_step(self, batch: RolloutBatch) -> None:
+        if batch.flags is not None:
+            self._log_metric("guards/flagged", sum(map(bool, batch.flags)) / max(len(batch), 1))
+            self._log_completion_extra("flags", ["; ".join(said) for said in batch.flags])
+        self._log_metric("mechreward/hook_seconds", self.hook_seconds)
+        self.hook_seconds = 0.0
+
+    def _dense_advantages(self, advantages: Tensor, width: int) -> Tensor:
+        """A_t = A + sum_j lambda_j z(r_t); lambda is the weight in the composite times TRL's reward weight."""
+        step = self._step_state
+        # The branch must be the same on every process: all have the same rewards, so all have dense parts or none.
+        if not step.dense or step.batch is None:
+            return advantages
+        dense = advantages[:, None].repeat(1, width)
+        for reward, part in step.dense:
+            lam = part.weight * float(self.reward_weights[self.reward_funcs.index(reward)])
+            z = dense_zscore(part.values.to(dense.device), part.mask.to(dense.device), step.batch)
+            dense[:, : z.shape[1]] += lam * z
+        if step.dropped is not None:
+            dense[step.dropped.to(dense.device)] = 0.0
+        return dense
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model, trial):
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+            states = {r.__name__: r.state_dict() for r in self.reward_funcs if isinstance(r, Reward)}
+            (folder / "mechreward.json").write_text(json.dumps(states))
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        file = Path(checkpoint or "") / "mechreward.json"
+        if checkpoint is None or not file.exists():
+            return
+        states = json.loads(file.read_text())
+        for reward in self.reward_funcs:
+            if isinstance(reward, Reward) and reward.__name__ in states:
+                reward.load_state_dict(states[reward.__name__])
+
+
+def _all_rewards(rewards: Sequence[Any]) -> Iterator[Any]:
+    for reward in rewards:
+        yield reward
+        yield from _all_rewards(getattr(reward, "rewards", ()))
+
+
+class _TappedSource:
+    """What rewards see of the trainer: its rollouts, and what its passes have read."""
+
+    def __init__(self, trainer: MechRewardGRPOTrainer):
+        self.trainer = trainer
+
+    def batch(
+        self,
+        prompts: Sequence[Text],
+        completions: Sequence[Text],
+        completion_ids: Sequence[Sequence[int]] | None,
+        columns: Mapping[str, Sequence[Any]],
+    ) -> RolloutBatch:
+        batch = self.trainer._step_state.batch
+        assert batch is not None  # set by _generate
+        return replace(batch, prompts=prompts, completions=completions, columns=columns)
+
+    def read(self, batch: RolloutBatch, requests: Sequence[Request]) -> Mapping[Request, Readings]:
+        return self.trainer.readings(batch, requests)
+
+    def accept(self, reward: Reward, batch: RolloutBatch, scores: Scores) -> None:
+        step = self.trainer._step_state
+        step.dense += [(reward, part) for part in scores.dense]
+        if batch.dropped is not None:
+            step.dropped = batch.dropped if step.dropped is None else step.dropped | batch.dropped
+
+
+__all__ = ["MechRewardGRPOConfig", "MechRewardGRPOTrainer", "reference_model"]

@@ -1,0 +1,207 @@
+"""CompositeReward: outcome and features together."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from mechreward.errors import ConfigError, RewardError, nearest
+from mechreward.hacking.detectors import Guard, RepetitionDetector, apply_guards
+from mechreward.readout import Readings, Request
+from mechreward.reward.base import Reward, Scores
+from mechreward.reward.outcome import OutcomeReward
+from mechreward.rollout.batch import RolloutBatch
+
+Mode = Literal["sum", "hero", "gated"]
+MODES: tuple[Mode, ...] = ("sum", "hero", "gated")
+
+
+@dataclass(frozen=True)
+class Hero:
+    """Constants of HERO's stratified combination (arXiv 2510.07242, main text).
+
+    Attributes:
+        alpha: Wrong rollouts lie in [-alpha, alpha].
+        beta: Right ones in [1 - beta, 1 + beta]. alpha + beta < 1, or a wrong one could outrank a right one.
+        w_min, w_max, k: Difficulty weight w = w_min + (w_max - w_min) sigmoid(k (sigma - sigma_bar)).
+        memory: Of the running mean sigma_bar (0.9 in the published re-implementation; the paper does not say).
+    """
+
+    alpha: float = 0.05
+    beta: float = 0.05
+    w_min: float = 0.5
+    w_max: float = 2.0
+    k: float = 5.0
+    memory: float = 0.9
+
+    def __post_init__(self):
+        if not (self.alpha >= 0 and self.beta >= 0 and self.alpha + self.beta < 1):
+            raise ConfigError(f"HERO needs alpha, beta >= 0 and alpha + beta < 1, not {self.alpha} and {self.beta}.")
+        if not 0 < self.w_min <= self.w_max:
+            raise ConfigError(f"HERO needs 0 < w_min <= w_max, not {self.w_min} and {self.w_max}.")
+
+
+class CompositeReward(Reward):
+    """Several rewards as one, read in one pass.
+
+    Modes:
+        ``"sum"``: sum_i w_i r_i; a part that cannot score a rollout is left out of that rollout's sum.
+        ``"hero"``: bounded and stratified by the verifier, so that a wrong rollout never outranks a right one of its
+            group: with z the features' reward scaled to 0..1 among the group's rollouts of the same verdict,
+            r = w (-alpha + 2 alpha z) if wrong, w ((1 - beta) + 2 beta z) if right. A lone right rollout (or wrong
+            one) of its group has z = 0 and gets the lower end of its band, as the formula says. A rollout whose
+            features cannot be read has z = 0. The weight w cancels when the trainer divides by the group's standard
+            deviation: use ``scale_rewards="none"``.
+        ``"gated"``: features count only where the verifier passes (``gate="passes"``), or only as a penalty
+            (``gate="penalty"``: min(features, 0)).
+
+    The repetition detector runs over every batch, and lowers the feature rewards of what it flags.
+
+    Args:
+        rewards: Parts; composites may be nested.
+        weights: One per part, finite; 1 each by default.
+        mode: See above; ``"hero"`` and ``"gated"`` need exactly one OutcomeReward among the parts.
+        gate: For ``mode="gated"``.
+        hero: For ``mode="hero"``.
+        guards: In place of the default repetition detector (which also stands back where the trainer guards).
+        name: What it is called in logs.
+    """
+
+    def __init__(
+        self,
+        rewards: Sequence[Reward],
+        weights: Sequence[float] | None = None,
+        mode: Mode = "sum",
+        gate: Literal["passes", "penalty"] = "passes",
+        hero: Hero | None = None,
+        guards: Sequence[Guard] | None = None,
+        name: str = "composite",
+    ):
+        super().__init__(name)
+        self.rewards = list(rewards)
+        self.weights = [1.0] * len(self.rewards) if weights is None else [float(w) for w in weights]
+        if not self.rewards:
+            raise RewardError("A CompositeReward needs at least one reward.")
+        if len(self.weights) != len(self.rewards):
+            raise RewardError(f"CompositeReward has {len(self.rewards)} rewards and {len(self.weights)} weights.")
+        if not all(math.isfinite(w) for w in self.weights):
+            raise RewardError(f"A weight of '{name}' is NaN or infinite: give finite numbers.")
+        not_ours = next((r for r in self.rewards if not isinstance(r, Reward)), None)
+        if not_ours is not None:
+            raise RewardError(
+                f"{not_ours!r} is not a mechreward reward: wrap a verifier in OutcomeReward, or pass a plain reward "
+                "function to the trainer beside the composite."
+            )
+        if mode not in MODES:
+            raise ConfigError(f"There is no mode '{mode}': use sum, hero or gated.{nearest(mode, MODES)}")
+        if gate not in ("passes", "penalty"):
+            raise ConfigError(f"gate='{gate}' is not possible: use 'passes' or 'penalty'.")
+        self.mode: Mode = mode
+        self.gate, self.hero = gate, hero or Hero()
+        self.guards = None if guards is None else list(guards)
+        self.outcomes = [i for i, r in enumerate(self.rewards) if isinstance(r, OutcomeReward)]
+        if mode != "sum" and (len(self.outcomes) != 1 or len(self.rewards) < 2):
+            raise RewardError(f"mode='{mode}' needs exactly one OutcomeReward and at least one other reward.")
+        self.sigma_bar: float | None = None
+
+    @property
+    def requests(self) -> list[Request]:
+        return list(
+            dict.fromkeys(request for part in [*self.rewards, *(self.guards or [])] for request in part.requests)
+        )
+
+    def guard(self, batch: RolloutBatch, readings: Mapping[Request, Readings]) -> RolloutBatch:
+        if self.guards is None:
+            return batch if batch.flags is not None else apply_guards([RepetitionDetector()], batch, readings)
+        return apply_guards(self.guards, batch, readings)
+
+    def score(self, batch: RolloutBatch, readings: Mapping[Request, Readings]) -> Scores:
+        """Score every part, then combine."""
+        scores = [r.score(r.guard(batch, readings), readings) for r in self.rewards]
+        values = torch.stack([s.values for s in scores])  # [parts, B]
+        combined = {"sum": self._sum, "hero": self._hero, "gated": self._gated}[self.mode](values, batch)
+        parts, metrics = {}, {}
+        for reward, weight, s in zip(self.rewards, self.weights, scores, strict=True):
+            parts[reward.__name__] = s.values
+            parts |= {f"{reward.__name__}/{name}": part for name, part in s.parts.items()}
+            metrics |= {f"{reward.__name__}/{name}": metric for name, metric in s.metrics.items()}
+            if s.dense:
+                metrics[f"{reward.__name__}/lambda"] = weight
+        dense = [
+            replace(part, weight=part.weight * weight)
+            for weight, s in zip(self.weights, scores, strict=True)
+            for part in s.dense
+        ]
+        if self.mode == "hero" and self.sigma_bar is not None:
+            metrics["hero_sigma_bar"] = self.sigma_bar
+        return Scores(combined, dense, parts, metrics)
+
+    def _weighted(self, values: Tensor, which: Sequence[int]) -> Tensor:
+        """sum_i w_i r_i over some parts, ``[B]``; NaN only where all of them are."""
+        chosen = values[list(which)]
+        total = (chosen * torch.tensor([self.weights[i] for i in which])[:, None]).nansum(dim=0)
+        return total.masked_fill(chosen.isnan().all(dim=0), torch.nan)
+
+    def _sum(self, values: Tensor, batch: RolloutBatch) -> Tensor:
+        return self._weighted(values, range(len(values)))
+
+    def _features(self, values: Tensor) -> Tensor:
+        return self._weighted(values, [i for i in range(len(values)) if i not in self.outcomes])
+
+    def _gated(self, values: Tensor, batch: RolloutBatch) -> Tensor:
+        outcome, features = values[self.outcomes[0]], self._features(values).nan_to_num(0.0)
+        allowed = features * (outcome > 0.5) if self.gate == "passes" else features.clamp(max=0)
+        return outcome * self.weights[self.outcomes[0]] + allowed  # NaN where the outcome is unknown
+
+    def _hero(self, values: Tensor, batch: RolloutBatch) -> Tensor:
+        outcome = batch.grouped(values[self.outcomes[0]])  # [groups, N]
+        features = batch.grouped(self._features(values))
+        right = outcome > 0.5
+        z = torch.where(right, _unit_within(features, right), _unit_within(features, ~right & ~outcome.isnan()))
+        h = self.hero
+        bands = torch.where(right, (1 - h.beta) + 2 * h.beta * z, -h.alpha + 2 * h.alpha * z)  # eq. 3
+        sigma = _std(features)  # [groups, 1]
+        mean_sigma = float(sigma.mean())
+        if self.sigma_bar is None:
+            self.sigma_bar = mean_sigma
+        w = h.w_min + (h.w_max - h.w_min) * torch.sigmoid(h.k * (sigma - self.sigma_bar))  # eq. 4
+        self.sigma_bar = h.memory * self.sigma_bar + (1 - h.memory) * mean_sigma
+        return batch.local((w * bands).masked_fill(outcome.isnan(), torch.nan))  # eq. 5
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"sigma_bar": self.sigma_bar, "rewards": [r.state_dict() for r in self.rewards]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.sigma_bar = state["sigma_bar"]
+        for reward, saved in zip(self.rewards, state["rewards"], strict=True):
+            reward.load_state_dict(saved)
+
+
+def _unit_within(features: Tensor, members: Tensor) -> Tensor:
+    """z = (f - min) / (max - min + eps) among a group's members, ``[groups, N]``; 0 for the others and for NaN."""
+    usable = members & ~features.isnan()
+    low = features.masked_fill(~usable, torch.inf).amin(dim=1, keepdim=True)
+    high = features.masked_fill(~usable, -torch.inf).amax(dim=1, keepdim=True)
+    return ((features - low) / (high - low + 1e-8)).masked_fill(~usable, 0.0).clamp(0, 1)
+
+
+def _std(features: Tensor) -> Tensor:
+    """Population standard deviation of each group's readable features, ``[groups, 1]``."""
+    mean = features.nanmean(dim=1, keepdim=True)
+    return (features - mean).square().nanmean(dim=1, keepdim=True).sqrt().nan_to_num(0.0)
+
+
+def warn_if_weight_cancels(reward: object, scale_rewards: object) -> None:
+    """HERO's difficulty weight multiplies a whole group, so dividing by the group's deviation removes it."""
+    if isinstance(reward, CompositeReward) and reward.mode == "hero" and scale_rewards != "none":
+        warnings.warn(
+            f"scale_rewards='{scale_rewards}' divides by the rewards' standard deviation, which cancels HERO's "
+            "difficulty weight: set scale_rewards='none'.",
+            stacklevel=3,
+        )

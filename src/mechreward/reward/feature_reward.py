@@ -1,0 +1,179 @@
+"""FeatureReward: a weighted sum of readings on a completion's tokens, aggregated to one number."""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mechreward.errors import CandidateWarning, ConfigError, PackError, RewardError, nearest
+from mechreward.features.pack import Calibration, FeaturePack
+from mechreward.readout import Readings, Readout, Reads, Request
+from mechreward.reward.aggregation import aggregation as find_aggregation
+from mechreward.reward.base import Dense, Reward, Scores
+from mechreward.reward.normalization import zscore_in_batch, zscore_in_group
+from mechreward.reward.schedule import Schedule
+from mechreward.rollout.batch import RolloutBatch
+from mechreward.sae.handle import SAEHandle
+
+logger = logging.getLogger(__name__)
+
+Normalize = Literal["none", "group", "batch", "quantile"]
+NORMALIZE: tuple[Normalize, ...] = ("none", "group", "batch", "quantile")
+
+
+class FeatureReward(Reward):
+    """Rewards the activations of chosen features, a probe, or a raw direction.
+
+    r_t = sum_k w_k f_k(h_t) on every completion token that is read, then aggregated over tokens. Guards act on the
+    aggregated raw value r, before normalisation: r <- trust max(r, 0) + min(r, 0). No gradient flows through it.
+
+    Args:
+        readout: What to read: ``sae.features([3, 17])``, ``mr.load_probe(...)``, ``mr.direction(...)``.
+        weights: One per column of the readout; 1 each by default.
+        aggregation: ``mean``, ``max``, ``last``, ``sum``, ``mean_last_{n}_tokens``, ``top_{n}_mean``, or ``per_token``
+            (dense advantages; needs MechRewardGRPOTrainer).
+        reads: ``"policy"``, the model being trained, or ``"reference"``, the frozen model that it started from,
+            reading the policy's text. The second cannot be fooled by changed activations, only by text.
+        normalize: ``"none"``; z-score within ``"group"`` or ``"batch"``; ``"quantile"`` of the pack's calibration.
+        schedule: Factor over training progress, e.g. ``mr.schedule.linear(1, 0)``.
+        calibration: Quantiles of the raw reward, for ``normalize="quantile"``.
+        read_last: Also read the final sampled token (costs a forward pass).
+        name: What it is called in logs.
+
+    Raises:
+        RewardError: Weights that are not finite or do not match the readout.
+        ConfigError: An unknown option.
+    """
+
+    def __init__(
+        self,
+        readout: Readout,
+        weights: Sequence[float] | None = None,
+        aggregation: str = "mean",
+        reads: Reads = "policy",
+        normalize: Normalize = "none",
+        schedule: Schedule | None = None,
+        calibration: Calibration | None = None,
+        read_last: bool = False,
+        name: str | None = None,
+    ):
+        super().__init__(name or readout.name)
+        self.readout = readout
+        self.weights = torch.ones(readout.width) if weights is None else torch.tensor(weights, dtype=torch.float32)
+        if self.weights.shape != (readout.width,):
+            raise RewardError(f"'{self.__name__}' has {len(self.weights)} weights for {readout.width} readout columns.")
+        if not self.weights.isfinite().all():
+            raise RewardError(f"A weight of '{self.__name__}' is NaN or infinite: give finite numbers.")
+        if reads not in ("policy", "reference"):
+            raise ConfigError(f"reads='{reads}' is not possible: use 'policy' or 'reference'.")
+        if normalize not in NORMALIZE:
+            raise ConfigError(f"There is no normalisation '{normalize}'.{nearest(normalize, NORMALIZE)}")
+        if normalize == "quantile" and calibration is None:
+            raise ConfigError(f"'{self.__name__}' has no calibration: normalize='quantile' needs a calibrated pack.")
+        self.aggregation = aggregation
+        self._aggregate = find_aggregation(aggregation)
+        self.normalize: Normalize = normalize
+        self.schedule = schedule
+        self.calibration = calibration
+        self.request = Request(readout, reads, read_last)
+
+    @classmethod
+    def from_pack(
+        cls,
+        pack: str | FeaturePack,
+        sae: SAEHandle | None = None,
+        aggregation: str | None = None,
+        reads: Reads = "policy",
+        normalize: Normalize = "none",
+        schedule: Schedule | None = None,
+        strict: bool = False,
+    ) -> FeatureReward:
+        """The reward that a pack describes.
+
+        Args:
+            pack: A catalog name (``"pocket/reasoning_pack"``), a path, or a pack.
+            sae: Its sparse autoencoder, loaded already; by default the one that the pack names.
+            aggregation: By default the one that the pack's evidence was measured with.
+            reads, normalize, schedule: See :class:`FeatureReward`.
+            strict: Refuse a pack that has not been validated instead of warning.
+
+        Raises:
+            PackError: No such pack, a recipe without features, another SAE, or an unvalidated pack with ``strict``.
+        """
+        from mechreward.features.catalog import load_pack
+        from mechreward.sae.registry import load_sae
+
+        pack = load_pack(pack) if isinstance(pack, str) else pack
+        if not pack.features:
+            raise PackError(f"{pack.name} is a recipe without features: {pack.status_reason}")
+        if pack.status == "candidate":
+            said = f"{pack.name} is a candidate, not a validated pack: {pack.status_reason}"
+            if strict:
+                raise PackError(said)
+            warnings.warn(said, CandidateWarning, stacklevel=2)
+        sae = load_sae(pack.sae.release, pack.sae.sae_id) if sae is None else sae
+        if (str(sae.hook_point), sae.d_model, sae.d_sae) != (pack.hook_point, pack.d_model, pack.d_sae):
+            raise PackError(
+                f"{pack.name} was made for {pack.sae.release}/{pack.sae.sae_id} ({pack.hook_point}, {pack.d_model} x "
+                f"{pack.d_sae}), but {sae.name} reads {sae.hook_point}, {sae.d_model} x {sae.d_sae}."
+            )
+        named = f"{pack.sae.release}/{pack.sae.sae_id}"
+        if sae.name != named and "/" in sae.name and sae.name.split("/")[0] == pack.sae.release:
+            raise PackError(f"{pack.name} was made for {named}, not for {sae.name}: feature ids do not carry over.")
+        chosen = aggregation or pack.aggregation
+        if chosen != pack.aggregation and pack.evidence is not None:
+            logger.warning("The evidence of %s was measured with %s, not %s.", pack.name, pack.aggregation, chosen)
+        return cls(
+            readout=sae.features([f.id for f in pack.features], name=pack.name.split("/")[-1]),
+            weights=[f.weight for f in pack.features],
+            aggregation=chosen,
+            reads=reads,
+            normalize=normalize,
+            schedule=schedule,
+            calibration=pack.calibration if chosen == pack.aggregation else None,
+        )
+
+    @property
+    def requests(self) -> list[Request]:
+        return [self.request]
+
+    def raw(self, readings: Readings) -> Tensor:
+        """r_t before aggregation, ``[B, T]`` float32."""
+        return readings.values @ self.weights.to(readings.values.device)
+
+    def score(self, batch: RolloutBatch, readings: Mapping[Request, Readings]) -> Scores:
+        """Aggregate, let guards lower, normalise, schedule."""
+        read = readings[self.request]
+        tokens = self.raw(read)
+        factor = 1.0 if self.schedule is None else self.schedule(batch.progress)
+        if not math.isfinite(factor):
+            raise RewardError(f"The schedule of '{self.__name__}' gave {factor} at progress {batch.progress:.3f}.")
+        if self.aggregation == "per_token":
+            tokens = lowered(tokens, None if batch.trust is None else batch.trust.to(tokens.device)[:, None])
+            values = self._aggregate(tokens, read.mask).cpu()
+            per_rollout = find_aggregation("mean")(tokens, read.mask).cpu()
+            return Scores(values, [Dense(factor, tokens, read.mask)], {"raw": per_rollout})
+        raw = self._aggregate(tokens, read.mask).cpu()
+        values = self._normalized(lowered(raw, batch.trust), batch)
+        return Scores(values * factor, (), {"raw": raw})
+
+    def _normalized(self, values: Tensor, batch: RolloutBatch) -> Tensor:
+        if self.normalize == "group":
+            return zscore_in_group(values, batch)
+        if self.normalize == "batch":
+            return zscore_in_batch(values, batch)
+        if self.normalize == "quantile" and self.calibration is not None:
+            unit = torch.tensor(self.calibration.to_unit(values.nan_to_num().numpy()), dtype=torch.float32)
+            return unit.masked_fill(values.isnan(), torch.nan)
+        return values
+
+
+def lowered(values: Tensor, trust: Tensor | None) -> Tensor:
+    """What the guards leave of a raw feature reward: trust max(r, 0) + min(r, 0)."""
+    return values if trust is None else trust * values.clamp(min=0) + values.clamp(max=0)
