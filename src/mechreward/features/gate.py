@@ -1,0 +1,557 @@
+"""The gate: what a pack must show on held-out rollouts before it may be called validated.
+
+Five tests, each with an explicit threshold (the constants below):
+
+1. ``auc``: the reading separates rollouts with and without the behaviour. Obfuscation Atlas (arXiv 2602.15515)
+   needed a probe AUC above .7 for training against a probe to stay honest.
+2. ``spearman``: rank correlation of at least .30, the published first stage gate of the contrast method.
+3. ``permutation``: better than the same selection made on labels that have nothing to do with the behaviour.
+4. ``auc_within_careful``: still better than chance among rollouts answered the careful way alone, so that the pack
+   does not merely recognise the way of answering. Left out where there is no such notion.
+5. ``gain_over_surface``: adds something to length, way of answering and n-grams; otherwise the text alone would do.
+
+Every interval must clear its threshold with its *lower* end, and rollouts of one prompt are resampled together.
+"""
+
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.stats import rankdata
+
+from mechreward.errors import PackError
+from mechreward.features.pack import Evidence, GateTest, Interval
+
+AUC_LOW = 0.70  # lower end of the AUC's interval must lie above
+SPEARMAN_LOW = 0.30  # lower end of Spearman's interval must reach
+P_BELOW = 0.01  # with 100 draws: the observed value exceeds every draw
+CAREFUL_LOW = 0.50  # lower end of the AUC within careful answers must lie above
+GAIN_LOW = 0.0  # lower end of the gain over surface baselines must lie above
+
+Floats = NDArray[np.float64]
+Selection = tuple[NDArray[np.int64], Floats]
+Select = Callable[[NDArray, NDArray], Selection]
+Splits = list[tuple[NDArray[np.int64], NDArray[np.int64]]]  # row numbers to train on and to test on
+Surface = dict[str, Any]  # baseline's name -> scipy.sparse.csr_array [n, columns], float64
+
+# The penalty of the regressions is meant for the hundreds of n-grams. Columns scaled by this factor are penalised 10
+# (l1) or 100 (l2) times less, in effect not at all: the reading, length and way of answering all get that treatment,
+# so that the reading cannot gain merely from saying again, unpenalised, what a penalised baseline already says.
+_UNPENALISED = 10.0
+
+# (C, l1_ratio) of scikit-learn's LogisticRegression; the pair that serves the surface baseline best is used. l2 suits a
+# behaviour that shows in many n-grams, l1 one that hangs on a few, such as a cue word. Without l1, readings that were
+# a noisy count of one word passed the surface test in 8 of 12 made-up worlds of 480 rollouts; with it, in none.
+_PENALTIES = ((0.01, 0), (0.1, 0), (1.0, 0), (0.03, 1), (0.1, 1), (0.3, 1))
+
+
+def spearman(scores: ArrayLike, labels: ArrayLike) -> float:
+    """Spearman's rank correlation, ties at their middle rank (Spearman 1904): Pearson's r of the ranks.
+
+    Args:
+        scores: One number per rollout [n].
+        labels: Bools or numbers [n], not all the same.
+
+    Returns:
+        A float in [-1, 1]; 0 when every score is the same, since such a score orders nothing.
+    """
+    scores, labels = _checked(scores, labels)
+    x, y = rankdata(scores), rankdata(labels)
+    x, y = x - x.mean(), y - y.mean()
+    norm = np.sqrt((x @ x) * (y @ y))
+    return float(np.clip(x @ y / norm, -1, 1)) if norm > 0 else 0.0
+
+
+def auc(scores: ArrayLike, labels: ArrayLike) -> float:
+    """Area under the ROC curve: P(score of a positive > score of a negative) + half of P(equal).
+
+    Computed from ranks (Mann-Whitney U: Hanley and McNeil 1982), exactly, ties included.
+
+    Args:
+        scores: One number per rollout [n].
+        labels: Bools [n], not all the same.
+    """
+    scores, labels = _checked(scores, labels)
+    positive = labels.astype(bool)
+    n_1 = int(positive.sum())
+    n_0 = len(positive) - n_1
+    return float((rankdata(scores)[positive].sum() - n_1 * (n_1 + 1) / 2) / (n_1 * n_0))
+
+
+def bootstrap(
+    statistic: Callable[..., float],
+    *arrays: ArrayLike,
+    groups: ArrayLike | None = None,
+    draws: int = 1000,
+    seed: int = 0,
+) -> Interval:
+    """A statistic with its 95 % percentile bootstrap interval (Efron 1979).
+
+    Args:
+        statistic: Takes the arrays, resampled alike, and gives a float.
+        arrays: Each [n, ...], row i of all belonging to rollout i.
+        groups: Prompt of each rollout [n]. Rollouts of one prompt are not independent, so whole prompts are drawn;
+            without groups, single rollouts.
+        draws: Resamples. Those in which the statistic is undefined (only one label drawn) are left out; should that be
+            most of them, a PackError says so.
+        seed: Seed of the resampling.
+    """
+    rows = [np.asarray(array) for array in arrays]
+    value = statistic(*rows)
+    n = len(rows[0])
+    members = _members(np.arange(n) if groups is None else np.asarray(groups))
+    if len(members) < 2:
+        raise PackError("A bootstrap interval needs rollouts of at least two prompts: sample more prompts.")
+    rng = np.random.default_rng(seed)
+    values = []
+    for _ in range(draws):
+        index = np.concatenate([members[g] for g in rng.integers(len(members), size=len(members))])
+        try:
+            values.append(statistic(*(array[index] for array in rows)))
+        except PackError:
+            continue
+    if len(values) < draws / 2 or not values:
+        raise PackError(
+            f"Only {len(values)} of {draws} resamples of {len(members)} prompts hold rollouts with and without the "
+            "behaviour, too few for an interval: sample more prompts."
+        )
+    low, high = np.quantile(values, [0.025, 0.975])
+    return Interval(value=float(value), low=float(low), high=float(high))
+
+
+def selection_null(
+    discovery_activations: NDArray,
+    discovery_labels: ArrayLike,
+    gate_activations: NDArray,
+    gate_labels: ArrayLike,
+    select: Select,
+    *,
+    discovery_groups: ArrayLike | None = None,
+    permute_gate: bool = False,
+    draws: int = 100,
+    seed: int = 0,
+) -> Floats:
+    """What the whole procedure, selection included, reaches with labels that have nothing to do with the behaviour.
+
+    Each draw shuffles the labels of the discovery rollouts, *repeats the selection* on them, and scores the gate's
+    rollouts with the latents and weights so found. Two nulls can be made of that:
+
+    - **Against the gate's true labels (default, the one that the gate tests).** H0: the discovery labels do not help to
+      find features of the behaviour. This null is wide, and rightly so: latents move together, and a few directions
+      (on `pocket`, the way of answering) explain much of every behaviour, so 20 latents chosen by chance already
+      correlate with it, with an arbitrary sign. A pack must beat that, not pure noise. Because the sign of a chance
+      selection is arbitrary, |Spearman| and the AUC counted from .5 upwards are returned; the observed value keeps its
+      sign, which can only make the test stricter.
+    - **Against shuffled gate labels too (``permute_gate``).** H0: nothing in the activations relates to the labels. Its
+      width is that of an unrelated score on n rollouts; almost anything beats it. Reported, never tested.
+
+    Under the first H0, labels exchangeable, the observed selection is one more draw, so (1 + number of draws at least
+    as large) / (1 + draws) is a valid p-value (Phipson and Smyth 2010).
+
+    Args:
+        discovery_activations: Aggregated activations that the selection sees [n, F].
+        discovery_labels: Their true labels [n], bool.
+        gate_activations: Aggregated activations of other rollouts [m, F]. A draw's score is activations @ weights,
+            which is exact for an aggregation that is linear in the tokens, such as the mean.
+        gate_labels: Their true labels [m], bool.
+        select: (activations, labels) -> (ids [K], weights [K]), as :func:`mechreward.features.discover.select`.
+        discovery_groups: Prompt of each discovery rollout [n]. If given, labels are shuffled by whole prompts, which
+            keeps the likeness of rollouts of one prompt in the null.
+        permute_gate: Shuffle the gate's labels as well.
+        draws: Number of draws; 100 is the least that can give p < .01.
+        seed: Seed of the shuffling; the same seed gives the same shuffled discovery labels in both nulls.
+
+    Returns:
+        float64 [draws, 2]: |Spearman|, and max(AUC, 1 - AUC).
+    """
+    labels = np.asarray(discovery_labels).astype(bool)
+    truth = np.asarray(gate_labels).astype(bool)
+    members = _members(np.arange(len(labels)) if discovery_groups is None else np.asarray(discovery_groups))
+    places = np.concatenate(members)
+    rng, gate_rng = np.random.default_rng([seed, 0]), np.random.default_rng([seed, 1])
+    null = np.empty((draws, 2))
+    for draw in range(draws):
+        shuffled = np.empty_like(labels)
+        shuffled[places] = labels[np.concatenate([members[g] for g in rng.permutation(len(members))])]
+        ids, weights = select(discovery_activations, shuffled)
+        scores = gate_activations[:, ids].astype(np.float64) @ weights
+        against = gate_rng.permutation(truth) if permute_gate else truth
+        null[draw] = abs(spearman(scores, against)), 0.5 + abs(auc(scores, against) - 0.5)
+    return null
+
+
+def surface_features(texts: Sequence[str], lengths: ArrayLike, ways: Sequence[str] | None = None) -> Surface:
+    """What can be seen of each completion without looking inside the model, as one sparse matrix per baseline.
+
+    - ``length``: the length itself, cubic splines of it and which tenth of all lengths it falls in, so that any curve
+      can be fitted.
+    - ``way_of_answering``: one column per way; left out without ``ways``.
+    - ``ngrams``: for words, digits and signs, alone and in pairs: whether it occurs, and its share of the text (a
+      reading averaged over tokens is such a share). Every digit is written as 0: how long a number is stays visible,
+      which number it is does not, since the answers themselves would otherwise be learnt by heart.
+
+    Nothing here looks at labels, so it may be computed before cross-validation splits the rollouts.
+
+    Args:
+        texts: Completions [n].
+        lengths: Their lengths in tokens [n].
+        ways: Name of the way in which each was answered [n], or ``None``.
+
+    Returns:
+        Sparse float64 [n, columns] by baseline.
+    """
+    from scipy.sparse import csr_array
+    from sklearn.preprocessing import SplineTransformer
+
+    tokens = _standardised(np.asarray(lengths, dtype=np.float64))
+    edges = np.unique(np.quantile(tokens, np.linspace(0.1, 0.9, 9)))
+    tenth = np.digitize(tokens, edges)[:, None] == np.arange(len(edges) + 1)
+    curves = SplineTransformer(n_knots=6).fit_transform(tokens[:, None])
+    surface: Surface = {"length": csr_array(np.column_stack([tokens, curves, tenth]) * _UNPENALISED)}
+    if ways is not None:
+        names = np.asarray(ways)
+        surface["way_of_answering"] = csr_array((names[:, None] == np.unique(names)) * _UNPENALISED)
+    ngrams = _ngrams(texts)
+    if ngrams is not None:
+        surface["ngrams"] = ngrams
+    return surface
+
+
+class SurfaceGain(NamedTuple):
+    """What a reading adds to what can be seen in the text.
+
+    Attributes:
+        alone: Cross-validated AUC of each surface baseline by itself.
+        surface_auc: Cross-validated AUC of all of them together, and of what they predict of the reading.
+        surface_plus_auc: The same with the reading added.
+        gain: The difference, with its bootstrap interval over prompts.
+    """
+
+    alone: dict[str, float]
+    surface_auc: float
+    surface_plus_auc: float
+    gain: Interval
+
+
+def surface_gain(
+    scores: ArrayLike,
+    labels: ArrayLike,
+    groups: ArrayLike,
+    surface: Surface,
+    *,
+    folds: int = 5,
+    draws: int = 1000,
+    seed: int = 0,
+) -> SurfaceGain:
+    """Logistic regression on the surface, without and with the reading; AUC of out-of-fold predictions.
+
+    Folds keep all rollouts of a prompt together (GroupKFold). The penalty is the one with which the *surface* does best
+    and is then used with the reading too: the baseline is taken at its strongest.
+
+    For the same reason the baseline also gets, as one column, what the surface predicts of the *reading* (linear
+    regression on other prompts, no labels). A reading that is nothing but a well-shaped function of the text would
+    otherwise gain from its shape, which a baseline fitted to a few hundred labels finds only roughly: on made-up
+    worlds where the reading was a function of length alone, a baseline without this column let it pass in 3 of 3.
+
+    The interval resamples prompts of the out-of-fold predictions; the regressions are not fitted again.
+
+    Args:
+        scores: The reading per rollout [n].
+        labels: Bools [n].
+        groups: Prompt of each rollout [n].
+        surface: From :func:`surface_features`.
+        folds: Folds of the cross-validation, at most one per prompt.
+        draws: Bootstrap resamples.
+        seed: Seed of the bootstrap.
+    """
+    from scipy.sparse import csr_array, hstack
+
+    reading, truth = _checked(scores, labels)
+    splits = _splits(truth.astype(bool), np.asarray(groups), folds)
+    alone = {name: _best(matrix, truth, splits)[0] for name, matrix in surface.items()}
+    seen = hstack(list(surface.values()), format="csr")
+    reading = _standardised(reading)
+    predicted = csr_array(_standardised(_predicted_reading(seen, reading, splits))[:, None] * _UNPENALISED)
+    seen = hstack([seen, predicted], format="csr")
+    without_auc, penalty, without = _best(seen, truth, splits)
+    column = csr_array(reading[:, None] * _UNPENALISED)
+    with_reading = _out_of_fold(hstack([seen, column], format="csr"), truth, splits, penalty)
+
+    def difference(plus: Floats, minus: Floats, positive: NDArray) -> float:
+        return auc(plus, positive) - auc(minus, positive)
+
+    gain = bootstrap(difference, with_reading, without, truth, groups=groups, draws=draws, seed=seed)
+    return SurfaceGain(alone, without_auc, auc(with_reading, truth), gain)
+
+
+def gate(
+    scores: ArrayLike,
+    labels: ArrayLike,
+    groups: ArrayLike,
+    texts: Sequence[str],
+    lengths: ArrayLike,
+    ways: Sequence[str] | None,
+    careful_mask: ArrayLike | None,
+    null: Floats,
+    *,
+    aggregation: str,
+    temperature: float,
+    data: str,
+    noise_null: Floats | None = None,
+    folds: int = 5,
+    draws: int = 1000,
+    seed: int = 0,
+) -> Evidence:
+    """Measure a pack on held-out rollouts and judge it.
+
+    Args:
+        scores: The pack's raw reward per rollout [n]; rollouts in which no token could be read are left out before.
+        labels: Whether each rollout shows the behaviour [n], bool.
+        groups: Prompt of each rollout [n].
+        texts: Completions [n].
+        lengths: Their lengths in tokens [n].
+        ways: Way of answering of each [n], or ``None``.
+        careful_mask: Which rollouts were answered the careful way [n], bool, or ``None`` without such a notion.
+        null: From :func:`selection_null`, against the true labels [draws, 2].
+        aggregation: Aggregation that the scores were computed with.
+        temperature: Sampling temperature of the rollouts.
+        data: One sentence: split, seed, model.
+        noise_null: The same with ``permute_gate=True``, reported only.
+        folds: Folds of the cross-validation over prompts.
+        draws: Bootstrap resamples of every interval.
+        seed: Seed of every bootstrap.
+    """
+    reading, truth = _checked(scores, labels)
+    groups = np.asarray(groups)
+    _same_length(len(reading), groups=groups, texts=texts, lengths=lengths, ways=ways, careful_mask=careful_mask)
+    if null.ndim != 2 or null.shape[1] != 2 or len(null) == 0:
+        raise PackError(f"The gate needs a permutation null of shape [draws, 2], not {null.shape}: see selection_null.")
+    positive = truth.astype(bool)
+    rho = bootstrap(spearman, reading, positive, groups=groups, draws=draws, seed=seed)
+    area = bootstrap(auc, reading, positive, groups=groups, draws=draws, seed=seed)
+    surface = surface_gain(
+        reading, positive, groups, surface_features(texts, lengths, ways), folds=folds, draws=draws, seed=seed
+    )
+    figures = _null_figures(rho.value, null, noise_null)
+    tests = [_auc_test(area), _spearman_test(rho), _permutation_test(rho.value, figures["p_value"], null)]
+    careful, n_careful = None, None
+    if careful_mask is not None:
+        mask = np.asarray(careful_mask).astype(bool)
+        n_careful = int(mask.sum())
+        careful = _within(reading[mask], positive[mask], groups[mask], draws, seed)
+        tests.append(_careful_test(careful, n_careful, int(positive[mask].sum())))
+    tests.append(_gain_test(surface))
+    return Evidence(
+        n=len(reading),
+        n_positive=int(positive.sum()),
+        aggregation=aggregation,
+        temperature=float(temperature),
+        data=data,
+        spearman=rho,
+        auc=area,
+        auc_within_careful=careful,
+        n_within_careful=n_careful,
+        surface=surface.alone,
+        surface_auc=surface.surface_auc,
+        surface_plus_auc=surface.surface_plus_auc,
+        gain=surface.gain,
+        verdict=tests,
+        **figures,
+    )
+
+
+# The tests -----------------------------------------------------------------------------------------------------------
+
+
+def _auc_test(area: Interval) -> GateTest:
+    passed = area.low > AUC_LOW
+    return GateTest(
+        name="auc",
+        passed=passed,
+        sentence=f"A rollout with the behaviour reads higher than one without with probability (AUC) {_shown(area)}; "
+        f"the lower end {'is' if passed else 'is not'} above {AUC_LOW:.2f}.",
+    )
+
+
+def _spearman_test(rho: Interval) -> GateTest:
+    passed = rho.low >= SPEARMAN_LOW
+    return GateTest(
+        name="spearman",
+        passed=passed,
+        sentence=f"The rank correlation of reading and behaviour is {_shown(rho)}; the lower end "
+        f"{'reaches' if passed else 'does not reach'} {SPEARMAN_LOW:.2f}.",
+    )
+
+
+def _permutation_test(rho: float, p_value: float, null: Floats) -> GateTest:
+    passed = p_value < P_BELOW
+    above = int((null[:, 0] >= rho).sum())
+    too_few = "" if 1 / (1 + len(null)) < P_BELOW else " (no result of so few draws could be: 100 are the least)"
+    return GateTest(
+        name="permutation",
+        passed=passed,
+        sentence=f"Of {len(null)} selections made on shuffled labels, {above} reach the rank correlation {rho:.2f} "
+        f"(their largest: {null[:, 0].max():.2f}), p = {p_value:.4f}, which {'is' if passed else 'is not'} below "
+        f"{P_BELOW:.2f}{too_few}.",
+    )
+
+
+def _careful_test(careful: Interval | None, n: int, n_positive: int) -> GateTest:
+    if careful is None:
+        sentence = (
+            f"Within careful answers nothing can be said: {n_positive} of {n} show the behaviour, too few on one side."
+        )
+        return GateTest(name="auc_within_careful", passed=False, sentence=sentence)
+    passed = careful.low > CAREFUL_LOW
+    return GateTest(
+        name="auc_within_careful",
+        passed=passed,
+        sentence=f"Among the {n} careful answers alone the AUC is {_shown(careful)}; the lower end "
+        f"{'is' if passed else 'is not'} above {CAREFUL_LOW:.2f}"
+        f"{'.' if passed else ', so the features may only tell the way of answering.'}",
+    )
+
+
+def _gain_test(surface: SurfaceGain) -> GateTest:
+    passed = surface.gain.low > GAIN_LOW
+    return GateTest(
+        name="gain_over_surface",
+        passed=passed,
+        sentence=f"The text's surface alone reaches AUC {surface.surface_auc:.3f}, with the reading "
+        f"{surface.surface_plus_auc:.3f}: a gain of {_shown(surface.gain, 3)}, whose lower end "
+        f"{'is above 0.' if passed else 'is not above 0, so the text alone would do.'}",
+    )
+
+
+def _shown(interval: Interval, digits: int = 2) -> str:
+    return f"{interval.value:.{digits}f} (95 % interval {interval.low:.{digits}f} to {interval.high:.{digits}f})"
+
+
+# Helpers -------------------------------------------------------------------------------------------------------------
+
+
+def _checked(scores: ArrayLike, labels: ArrayLike) -> tuple[Floats, Floats]:
+    """Scores and labels as float64 [n], after making sure that there is something to compare."""
+    x, y = np.asarray(scores, dtype=np.float64), np.asarray(labels, dtype=np.float64)
+    if x.ndim != 1 or x.shape != y.shape:
+        raise PackError(f"The gate needs one score and one label per rollout, but got shapes {x.shape} and {y.shape}.")
+    if not np.isfinite(x).all():
+        raise PackError("Some scores are NaN or infinite: leave out the rollouts in which no token could be read.")
+    if len(y) == 0 or (y == y[0]).all():
+        raise PackError(
+            f"All {len(y)} rollouts have the same label, so nothing can be compared: sample more rollouts, or at "
+            "another temperature."
+        )
+    return x, y
+
+
+def _same_length(n: int, **columns: Any) -> None:
+    for name, column in columns.items():
+        if column is not None and len(column) != n:
+            raise PackError(f"The gate got {n} scores but {len(column)} {name}: pass one per rollout.")
+
+
+def _members(groups: NDArray) -> list[NDArray[np.int64]]:
+    """Row numbers of each group."""
+    _, inverse, counts = np.unique(groups, return_inverse=True, return_counts=True)
+    return np.split(np.argsort(inverse, kind="stable"), np.cumsum(counts)[:-1])
+
+
+def _null_figures(rho: float, null: Floats, noise_null: Floats | None) -> dict[str, Any]:
+    """The evidence's fields about the permutation null."""
+    return {
+        "null_spearman_max": float(null[:, 0].max()),
+        "null_spearman_q95": float(np.quantile(null[:, 0], 0.95)),
+        "null_auc_q95": float(np.quantile(null[:, 1], 0.95)),
+        "p_value": (1 + int((null[:, 0] >= rho).sum())) / (1 + len(null)),
+        "draws": len(null),
+        "noise_spearman_q95": None if noise_null is None else float(np.quantile(noise_null[:, 0], 0.95)),
+    }
+
+
+def _within(scores: Floats, labels: NDArray, groups: NDArray, draws: int, seed: int) -> Interval | None:
+    """AUC with its interval, or ``None`` where a subset of rollouts is too one-sided or too small for one."""
+    try:
+        return bootstrap(auc, scores, labels, groups=groups, draws=draws, seed=seed)
+    except PackError:
+        return None
+
+
+def _standardised(values: Floats) -> Floats:
+    spread = values.std()
+    return (values - values.mean()) / spread if spread > 0 else np.zeros_like(values)
+
+
+def _ngrams(texts: Sequence[str]) -> Any:
+    """Sparse [n, 2 V]: presence, and share of the text in units of its own standard deviation; None without words."""
+    from scipy.sparse import hstack
+    from sklearn.feature_extraction.text import CountVectorizer
+    from sklearn.preprocessing import StandardScaler, normalize
+
+    plain = [re.sub(r"\d", " 0 ", text) for text in texts]
+    # n-grams in fewer than five rollouts cannot help; newlines count, since they part the steps of an answer.
+    vectorizer = CountVectorizer(ngram_range=(1, 2), token_pattern=r"\w+|[^\w ]", min_df=5, max_features=2000)
+    try:
+        counts: Any = vectorizer.fit_transform(plain)
+    except ValueError:  # no n-gram occurs in five texts
+        return None
+    shares = StandardScaler(with_mean=False).fit_transform(normalize(counts, norm="l1"))
+    present = (counts > 0).astype(np.float64)
+    return hstack([present, shares], format="csr")
+
+
+def _splits(positive: NDArray, groups: NDArray, folds: int) -> Splits:
+    """Row numbers to train and to test on, whole prompts at a time."""
+    from sklearn.model_selection import GroupKFold
+
+    folds = min(folds, len(np.unique(groups)))
+    if folds < 2:
+        raise PackError("Cross-validation needs rollouts of at least two prompts: sample more prompts.")
+    splits = list(GroupKFold(folds).split(positive, groups=groups))
+    if any(positive[train].all() or not positive[train].any() for train, _ in splits):
+        raise PackError(
+            "One fold of prompts holds every rollout with (or without) the behaviour, so it cannot be predicted from "
+            "the others: sample more prompts."
+        )
+    return splits
+
+
+def _out_of_fold(matrix: Any, labels: Floats, splits: Splits, penalty: tuple[float, int]) -> Floats:
+    """Log-odds [n] for each rollout from a regression that never saw its prompt."""
+    from sklearn.linear_model import LogisticRegression
+
+    strength, l1_ratio = penalty
+    predictions = np.empty(len(labels))
+    for train, test in splits:
+        model = LogisticRegression(C=strength, l1_ratio=l1_ratio, solver="liblinear", random_state=0, max_iter=300)
+        predictions[test] = model.fit(matrix[train], labels[train]).decision_function(matrix[test])
+    return predictions
+
+
+def _predicted_reading(matrix: Any, reading: Floats, splits: Splits) -> Floats:
+    """What the surface predicts of each reading [n], by linear regression on other prompts, at the best penalty."""
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import Lasso, Ridge
+
+    models: list[Any] = [Ridge(alpha=alpha, solver="sparse_cg", tol=1e-6) for alpha in (1.0, 10.0, 100.0)]
+    models += [Lasso(alpha=alpha, max_iter=2000, tol=1e-3) for alpha in (0.01, 0.03, 0.1)]
+    tried = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # a fit that stops early is merely one more candidate
+        for model in models:
+            predictions = np.empty(len(reading))
+            for train, test in splits:
+                predictions[test] = model.fit(matrix[train], reading[train]).predict(matrix[test])
+            tried.append(predictions)
+    return min(tried, key=lambda predictions: float(np.square(predictions - reading).sum()))
+
+
+def _best(matrix: Any, labels: Floats, splits: Splits) -> tuple[float, tuple[float, int], Floats]:
+    """The AUC, penalty and out-of-fold predictions of the penalty that serves a baseline best."""
+    tried = [(penalty, _out_of_fold(matrix, labels, splits, penalty)) for penalty in _PENALTIES]
+    areas = [auc(predictions, labels) for _, predictions in tried]
+    best = int(np.argmax(areas))
+    return areas[best], *tried[best]
