@@ -1,0 +1,327 @@
+"""Verifiers for final answers: ``math_boxed``, ``gsm8k`` and ``exact_match``.
+
+Each takes a batch of completions and one gold per completion, and returns one verdict each: ``True`` (right), ``False``
+(wrong, unreadable, or too costly to read) or ``None`` (the gold has no answer, so nothing can be said). What a model
+writes never raises.
+"""
+
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from typing import NamedTuple
+
+from mechreward.errors import RewardError
+from mechreward.verifiers import _sympy
+
+MAX_ANSWER = 500
+MAX_PROSE = 2_000
+ITEM_SECONDS = 3.0
+
+# A flood of answers that hang must not cost ITEM_SECONDS each. The first few get all of it; then the limit drops to
+# what is still many times a normal answer's cost; then the batch is declared broken, with a warning. At most about
+# 100 s of CPU time are lost to one call.
+FULL_TIMEOUTS, SHORT_TIMEOUTS, SHORT_SECONDS = 10, 200, 0.3
+
+_BOX = re.compile(r"\\(?:boxed|fbox)\s*(?:\{|(?P<bare>[-+]?[0-9][0-9.,]*))|\\[{}]|\\\\(?!boxed|fbox)|[{}]")
+_MARK = re.compile(r"(?<!#)####(?!#)([^\n]*)")
+_DELIMITERS = re.compile(r"\s*(?:(?<!\\)\$+|\\\(|\\\[)?(.*?)(?:(?<!\\)\$+|\\\)|\\\])?\s*", re.DOTALL)
+_NUMBER = re.compile(r"(?:\\?\$)?([-+]?)(?:\\?\$)?([0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]*)?|[0-9]+(?:\.[0-9]*)?|\.[0-9]+)")
+_GSM8K = re.compile(r"####[ \t]*\\?\$?([-+]?)\\?\$?([0-9.,]+)")
+_GSM8K_GOLD = re.compile(r"\\?\$?([-+]?)\\?\$?([0-9.,]+)\s*(?:\\?%)?\.?")
+
+_TEXT_COMMAND = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|operatorname)\s*\{([^{}]*)\}")
+_COMMAND = re.compile(r"\\[A-Za-z]+")
+_MATH_WORD = re.compile(r"(?:arc)?(?:sin|cos|tan|cot|sec|csc)h?|log|exp|sqrt|and|mod|max|min|gcd|lcm|det|lim|inf|deg")
+_WORD = re.compile(r"[^\W\d_]{3,}")
+# A hyphen joins words ("non-zero") or is a minus ("x-y"); every other sign here is mathematics.
+_MATH_SIGN = re.compile(r"[\d\\^=+*/<>|$]|(?<![^\W\d_]{2})-|-(?![^\W\d_]{2})")
+
+# Shapes whose evaluation explodes. Cheap to see here; in sympy each would cost a time limit.
+_HUGE_EXPONENT = re.compile(r"(?:\^|\*\*)[\s{(]*-?(?:[0-9]{5,}|[0-9]{1,3}(?:,[0-9]{3}){2,})")
+_TOWER = re.compile(r"(?:\^|\*\*)[\s{(]*-?([0-9]+)\s*(?:\^|\*\*)[\s{(]*-?([0-9]*)\s*(\^|\*\*)?")
+_FACTORIAL = re.compile(r"[0-9]{5,}[\s)}]*!|[0-9]!\s*[)}][\s)}]*!|[0-9]!\s*!\s*!|(?:\^|\*\*)[\s{(]*[0-9]{2,}[\s)}]*!")
+_BRACKET = re.compile(r"[({\[]|[)}\]]")
+_DEEP = 25
+
+_verdicts: dict[tuple["_Answer", "_Answer"], str] = {}
+
+
+class _Answer(NamedTuple):
+    text: str
+    prose: bool  # a sentence in which math-verify has to look for the answer, rather than the answer itself
+
+
+def math_boxed(completions: Sequence[str], golds: Sequence[str | None], *, strict: bool = False) -> list[bool | None]:
+    r"""Whether each final answer is mathematically equal to its gold.
+
+    The answer is the content of the last complete ``\boxed{}``; without one, the last ``#### N`` line; without either,
+    what math-verify finds in the last 2,000 characters. The gold is read in the same way and may be a whole solution or
+    only the answer. A gold without digits, LaTeX or operators ("unknown", "red") is compared as text.
+
+    Args:
+        completions: n texts.
+        golds: n golds.
+        strict: Count only a box; a completion without one is wrong.
+
+    Returns:
+        n verdicts. ``None`` where the gold has no answer. ``False`` also for answers over 500 characters and for those
+        that math-verify cannot read within 3 s of CPU time.
+
+    Raises:
+        RewardError: The arguments are not two equally long batches of text, or math-verify cannot be started.
+    """
+    _check(completions, golds)
+    batch = _Batch()
+    return [batch.verdict(completion, gold or "", strict) for completion, gold in zip(completions, golds, strict=True)]
+
+
+def gsm8k(completions: Sequence[str], golds: Sequence[str | None]) -> list[bool | None]:
+    """Whether the number on the last ``#### N`` equals that of the gold, as GSM8K's own scripts read it.
+
+    Thousands commas, ``$``, a trailing dot and what follows the number (``%``, units) are dropped; 18.00 equals 18.
+
+    Args:
+        completions: n texts; one without ``#### N`` is wrong.
+        golds: n golds, each with ``#### N`` or only a number.
+
+    Returns:
+        n verdicts, ``None`` where the gold has no number.
+
+    Raises:
+        RewardError: The arguments are not two equally long batches of text.
+    """
+
+    def verdict(completion: str, gold: str) -> bool | None:
+        expected = _gsm8k_number(gold) if "####" in gold else _gsm8k_value(_GSM8K_GOLD.fullmatch(_ascii_minus(gold)))
+        return None if expected is None else _gsm8k_number(completion) == expected
+
+    return _each(verdict, completions, golds)
+
+
+def exact_match(completions: Sequence[str], golds: Sequence[str | None]) -> list[bool | None]:
+    r"""Whether the final answers are the same text, whatever the case and the amount of white space.
+
+    The final answer is the content of the last ``\boxed{}``, else the last ``####`` line, else the whole text.
+
+    Args:
+        completions: n texts.
+        golds: n golds.
+
+    Returns:
+        n verdicts, ``None`` where the gold is empty.
+
+    Raises:
+        RewardError: The arguments are not two equally long batches of text.
+    """
+
+    def verdict(completion: str, gold: str) -> bool | None:
+        expected = _normal(_final_text(gold))
+        return _normal(_final_text(completion)) == expected if expected else None
+
+    return _each(verdict, completions, golds)
+
+
+def _check(completions: Sequence[str], golds: Sequence[str | None]) -> None:
+    for name, batch in (("completions", completions), ("golds", golds)):
+        if isinstance(batch, str):
+            raise RewardError(f"{name} is one string: pass a list of strings.")
+        for i, item in enumerate(batch):
+            if not isinstance(item, str) and not (item is None and batch is golds):
+                raise RewardError(f"{name}[{i}] is a {type(item).__name__}: pass it as text.")
+    if len(completions) != len(golds):
+        raise RewardError(f"{len(completions)} completions for {len(golds)} golds: pass one gold for each completion.")
+
+
+def _each(
+    verdict: Callable[[str, str], bool | None], completions: Sequence[str], golds: Sequence[str | None]
+) -> list[bool | None]:
+    _check(completions, golds)
+    return [verdict(completion, gold or "") for completion, gold in zip(completions, golds, strict=True)]
+
+
+# Reading the answer
+
+
+def _boxed(text: str) -> str | None:
+    r"""Content of the last ``\boxed{}`` that is closed, in one pass: a megabyte of open boxes costs no square of it."""
+    if "\\boxed" not in text and "\\fbox" not in text:
+        return None
+    best, content = -1, None
+    opened: list[tuple[int, int]] = []  # where the box began (-1: a plain brace), and where its content does
+    for token in _BOX.finditer(text):
+        sign = token[0]
+        if token["bare"] is not None:
+            best, content = token.start(), token["bare"]
+        elif sign == "}":
+            start, inner = opened.pop() if opened else (-1, 0)
+            if start > best:
+                best, content = start, text[inner : token.start()]
+        elif sign.endswith("{") and sign != "\\{":
+            opened.append((token.start() if len(sign) > 1 else -1, token.end()))
+    return content
+
+
+def _marked(text: str) -> str | None:
+    """What follows the last ``####`` that marks an answer.
+
+    Models also write ``#### Step 2`` as a heading: what is not a number counts only at the very end of the text.
+    """
+    end = len(text.rstrip())
+    for mark in reversed(list(_MARK.finditer(text))):
+        content = mark[1].strip()
+        if content and (mark.end() >= end or _number(content.removesuffix("%")) is not None):
+            return content
+    return None
+
+
+def _final_text(text: str) -> str:
+    for find in (_boxed, _marked):
+        found = find(text)
+        if found is not None:
+            return found
+    return text
+
+
+def _answer(text: str, strict: bool = False) -> _Answer:
+    """The answer of a completion or gold; empty text when there is none."""
+    found = _boxed(text)
+    if found is None and not strict:
+        found = _marked(text)
+    if found is not None or strict:
+        return _Answer(_tidy(found or ""), False)
+    text = text.strip()
+    words = _WORD.findall(_COMMAND.sub(" ", _TEXT_COMMAND.sub(" ", text[:MAX_ANSWER])))
+    if len(text) > MAX_ANSWER or any(not _MATH_WORD.fullmatch(word) for word in words):
+        return _Answer(text[-MAX_PROSE:], True)
+    return _Answer(_tidy(text), False)
+
+
+def _tidy(answer: str) -> str:
+    """The answer without math delimiters, a final full stop and Unicode's minus. Too long an answer stays as it is."""
+    if len(answer) > MAX_ANSWER:
+        return answer
+    bare = _DELIMITERS.fullmatch(_ascii_minus(answer).strip().removesuffix("."))
+    return bare[1].strip().removesuffix(".") if bare else ""
+
+
+def _ascii_minus(text: str) -> str:
+    return text.replace("\N{MINUS SIGN}", "-").strip()
+
+
+def _normal(text: str) -> str:
+    return " ".join(text.casefold().split())
+
+
+def _plain_text(answer: str) -> str:
+    r"""For golds that are words: ``\text{(A)}`` and ``A`` are the same."""
+    text = _normal(_TEXT_COMMAND.sub(r"\1", answer).rstrip(". "))
+    return re.sub(r"^\((\w)\)$", r"\1", text)
+
+
+def _number(answer: str) -> Fraction | None:
+    found = _NUMBER.fullmatch(_ascii_minus(answer)) if len(answer) <= MAX_ANSWER else None
+    return Fraction(found[1] + found[2].replace(",", "")) if found else None
+
+
+def _gsm8k_number(text: str) -> Fraction | None:
+    # Only the last thing that looks like a number counts; one that cannot be read ("1.2.3") is not skipped.
+    last = None
+    for found in _GSM8K.finditer(_ascii_minus(text)):
+        last = found if any("0" <= c <= "9" for c in found[2][: MAX_ANSWER + 1]) else last
+    return _gsm8k_value(last)
+
+
+def _gsm8k_value(found: re.Match[str] | None) -> Fraction | None:
+    if found is None or len(found[2]) > MAX_ANSWER:
+        return None
+    try:
+        return Fraction(found[1] + found[2].replace(",", "").rstrip("."))
+    except ValueError:
+        return None
+
+
+# Comparing answers
+
+
+def _explodes(answer: _Answer) -> bool:
+    """Whether evaluating this is likely to take all the time or memory there is. Judged by its shape alone."""
+    text = answer.text
+    # In a sentence an exclamation mark is most often just that.
+    if _HUGE_EXPONENT.search(text) or (not answer.prose and _FACTORIAL.search(text)):
+        return True
+    for base, exponent, third in _TOWER.findall(text):
+        # A numeric tower is harmless while the whole exponent stays near what _HUGE_EXPONENT lets through.
+        if third or len(base) > 4 or len(exponent) > 2 or (exponent and int(base) ** int(exponent) > 20_000):
+            return True
+    depth = 0
+    for bracket in _BRACKET.findall(text):
+        depth = depth + 1 if bracket in "({[" else max(0, depth - 1)
+        if depth > _DEEP:
+            return True
+    return False
+
+
+def _without_sympy(gold: _Answer, answer: _Answer) -> bool | None:
+    """The verdict where text or exact arithmetic can give it; None where math-verify has to be asked."""
+    if not answer.text or (not answer.prose and len(answer.text) > MAX_ANSWER):
+        return False
+    if gold.text.split() == answer.text.split():
+        return True
+    gold_text = _plain_text(gold.text)
+    if not _MATH_SIGN.search(gold_text) or _explodes(gold):
+        return gold_text == _plain_text(answer.text)
+    expected, given = _number(gold.text), _number(answer.text)
+    if expected is not None and given is not None:
+        return expected == given
+    if expected is not None and not re.search(r"[\d\\]", answer.text):
+        return False
+    return False if _explodes(answer) else None
+
+
+class _Batch:
+    """The verdicts of one call, which share an allowance for answers that hang."""
+
+    def __init__(self) -> None:
+        self.timeouts = 0
+        self.answers: dict[str, _Answer | None] = {}
+
+    def verdict(self, completion: str, gold: str, strict: bool) -> bool | None:
+        # Groups of completions share a gold.
+        if gold not in self.answers:
+            self.answers[gold] = self.gold_answer(gold)
+        expected = self.answers[gold]
+        if expected is None:
+            return None
+        answer = _answer(completion, strict)
+        known = _without_sympy(expected, answer)
+        return self.ask(expected, answer) == "right" if known is None else known
+
+    def gold_answer(self, gold: str) -> _Answer | None:
+        answer = _answer(gold)
+        if not re.search(r"[^\W_]", answer.text) or (not answer.prose and len(answer.text) > MAX_ANSWER):
+            return None
+        if answer.prose and _MATH_SIGN.search(answer.text):
+            # Whether a sentence holds an answer must not depend on the completion that it is compared with.
+            if _explodes(answer) or self.ask(answer, _Answer("", False)) != "wrong":
+                return None
+        return answer
+
+    def ask(self, gold: _Answer, answer: _Answer) -> str:
+        known = _verdicts.get((gold, answer))
+        if known is not None:
+            return known
+        if self.timeouts >= FULL_TIMEOUTS + SHORT_TIMEOUTS:
+            return "died"
+        seconds = ITEM_SECONDS if self.timeouts < FULL_TIMEOUTS else SHORT_SECONDS
+        reply = _sympy.ask(gold.text, gold.prose, answer.text, answer.prose, seconds)
+        if reply == "died":
+            self.timeouts += 1
+            if self.timeouts == FULL_TIMEOUTS + SHORT_TIMEOUTS:
+                message = f"{self.timeouts} answers of one batch hung: all others in it that need sympy count as wrong."
+                warnings.warn(message, RuntimeWarning, stacklevel=4)
+        if reply != "died" or seconds == ITEM_SECONDS:
+            if len(_verdicts) >= 50_000:
+                _verdicts.clear()
+            _verdicts[gold, answer] = reply
+        return reply

@@ -1,0 +1,506 @@
+"""Verifiers: hand-worked verdicts, and that nothing a model writes raises, hangs or leaves a process behind."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mechreward.errors import RewardError
+from mechreward.verifiers import _sympy, exact_match, gsm8k, math_boxed
+from mechreward.verifiers import math as verifiers
+
+SRC = str(Path(verifiers.__file__).parents[2])
+
+
+def boxed(answer: str) -> str:
+    return f"So the answer is $\\boxed{{{answer}}}$."
+
+
+def one(completion: str, gold: str | None, **options: bool) -> bool | None:
+    return math_boxed([completion], [gold], **options)[0]
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold", "verdict"),
+    [
+        ("15", "15", True),
+        ("15", "16", False),
+        ("1,234", "1234", True),
+        ("1{,}234", "1234", True),
+        ("1,234", "1,235", False),
+        ("\\$18.00", "18", True),
+        ("$18$", "18", True),
+        ("18.", "18", True),
+        ("-3", "\N{MINUS SIGN}3", True),
+        ("-3", "3", False),
+        ("0.1", "0.10", True),
+        ("0.3333333", "0.333333", False),  # plain decimals are compared exactly
+        (r"\frac{1}{2}", "0.5", True),
+        (r"\frac12", "1/2", True),
+        ("1/2", "0.5", True),
+        ("0.5", r"\dfrac{1}{2}", True),
+        ("1 1/2", "11/2", False),
+        (r"\frac{1}{3}", "0.5", False),
+        (r"50\%", "50%", True),
+        (r"50\%", "0.5", True),
+        (r"5\%", "50", False),
+        (r"\{1,2\}", r"\{2,1\}", True),
+        (r"\{1,2\}", r"\{1,3\}", False),
+        ("[0,1)", "[0, 1)", True),
+        ("[0,1)", "[0,1]", False),
+        (r"[2,3]\cup[0,1]", r"[0,1]\cup[2,3]", True),
+        ("(1,2)", "(2,1)", False),
+        ("x=5", "5", True),
+        ("(x+1)^2", "x^2+2x+1", True),
+        ("(x+1)^2", "x^2+x+1", False),
+        (r"\sqrt{8}", r"2\sqrt{2}", True),
+        (r"2\pi", r"\pi", False),
+        (r"18 \text{ dollars}", "18", True),
+        ("2^{10}", "1024", True),
+        ("2^{3^2}", "512", True),
+        ("9^{9^{9^9}}", "9^{9^{9^9}}", True),  # the same text needs no sums
+        ("9^{9^{9^9}}", "9^{9^9}", False),
+        ("x", "red", False),
+        ("Red", "red", True),
+        (r"\text{red}", "red", True),
+        ("red", r"\text{Red}", True),
+        ("(A)", r"\text{(A)}", True),
+        ("A", r"\text{(A)}", True),
+        ("B", r"\text{(A)}", False),
+        ("red", "5", False),
+        ("", "5", False),
+        (r"\frac{1}", "1", False),
+    ],
+)
+def test_math_boxed_answers(answer, gold, verdict):
+    assert one(boxed(answer), gold) is verdict
+    assert one(boxed(answer), f"By symmetry the result is \\boxed{{{gold}}}.") is verdict
+
+
+@pytest.mark.parametrize(
+    ("completion", "gold", "verdict"),
+    [
+        (r"first \boxed{3}, no: \boxed{4}", "4", True),
+        (r"first \boxed{3}, no: \boxed{4}", "3", False),
+        (r"\boxed{4} and then \boxed{unfinish", "4", True),
+        (r"\boxed{4} \boxed{}", "4", False),
+        (r"\boxed{\frac{\sqrt{4}}{2}}", "1", True),
+        (r"\boxed{a \boxed{7}}", "7", True),
+        (r"\boxed{\{1,2\}}", r"\{1,2\}", True),
+        (r"\boxed{\left\{3\right.}", "9", False),
+        (r"x\\\boxed{5}", "5", True),
+        (r"\fbox{5}", "5", True),
+        (r"\boxed 5.", "5", True),
+        ("\\boxed{5}\n#### 6", "5", True),
+        ("12+3=15.\n#### 15", "15", True),
+        ("#### 14\n#### 15", "15", True),
+        ("#### 15\nI hope this helps.", "15", True),
+        ("#### Step 1\nWe add. The answer is 15", "15", True),
+        ("so it is #### 1,500", "1500", True),
+        (" I am not sure.\n#### unknown", "unknown", True),
+        (" I am not sure.\n#### unknown", "15", False),
+        ("\n#### 15", "unknown", False),
+        ("#### \\frac{1}{2}", "0.5", True),
+        ("The answer is 15.", "15", True),
+        ("The answer is 15.", "16", False),
+        ("We get $x^2=4$, so $x=2$.", "2", True),
+        ("15", "15", True),
+        ("red", "Red ", True),
+        ("The colour is red", "red", False),
+        ("", "15", False),
+        ("no idea", "15", False),
+    ],
+)
+def test_math_boxed_finds_the_answer(completion, gold, verdict):
+    assert one(completion, gold) is verdict
+
+
+def test_strict_counts_only_a_box():
+    completions = ["#### 15", "The answer is 15.", "15", r"\boxed{15}", r"\boxed{15", r"\boxed{16}"]
+    assert math_boxed(completions, ["15"] * 6, strict=True) == [False, False, False, True, False, False]
+    assert math_boxed(completions, ["15"] * 6) == [True, True, True, True, True, False]
+    assert one(r"\boxed{18}", "9+9=18\n#### 18", strict=True) is True
+
+
+@pytest.mark.parametrize(
+    ("gold", "verdict"),
+    [
+        ("She sells 16 - 3 - 4 = 9 eggs.\nShe makes 9 * 2 = $18.\n#### 18", True),
+        ("18 dollars", True),
+        ("The total is $18$ dollars.", True),
+        ("The total is 19.", False),
+        ("", None),
+        (None, None),
+        ("  \n", None),
+        (r"\boxed{}", None),
+        ("...", None),
+        ("$$", None),
+        ("\\boxed{" + "9" * 501 + "}", None),
+        (r"The limit is close to \q.", None),  # LaTeX in a sentence, but nothing to compare with
+    ],
+)
+def test_golds(gold, verdict):
+    assert one("#### 18", gold) is verdict
+    # A gold without an answer has none whatever the completion says.
+    assert (one("", gold) is None) == (verdict is None)
+
+
+@pytest.mark.parametrize(
+    ("completion", "gold", "verdict"),
+    [
+        ("9*2=18.\n#### 18", "She makes $18.\n#### 18", True),
+        ("#### 19", "#### 18", False),
+        ("#### 18\n#### 19", "#### 19", True),
+        ("#### 18\n#### 19", "#### 18", False),
+        ("#### 18\n#### done", "#### 18", True),
+        ("#### $1,800.00", "#### 1800", True),
+        ("#### \\$18", "18", True),
+        ("#### 18.", "18", True),
+        ("#### 18.00 dollars", "18", True),
+        ("#### 50%", "#### 50", True),
+        ("#### 50%", "50%", True),
+        ("#### 0.5", "#### 50", False),
+        ("#### -5", "-5", True),
+        ("#### 5", "-5", False),
+        ("####5", "5", True),
+        ("#### 1.2.3", "1.2", False),
+        ("#### five", "5", False),
+        ("The answer is 18", "18", False),
+        (r"\boxed{18}", "18", False),
+        ("#### " + "9" * 1_000_000, "18", False),
+        ("#### 18", "$18", True),
+        ("#### 18", "unknown", None),
+        ("#### 18", "#### unknown", None),
+        ("#### 18", "", None),
+        ("#### 18", None, None),
+    ],
+)
+def test_gsm8k(completion, gold, verdict):
+    assert gsm8k([completion], [gold]) == [verdict]
+
+
+@pytest.mark.parametrize(
+    ("completion", "gold", "verdict"),
+    [
+        ("I think.\n#### New  York ", "new york", True),
+        ("Paris", "#### paris", True),
+        (r"\boxed{Paris}", "\\boxed{ PARIS}", True),
+        ("It is Paris", "Paris", False),
+        ("0.50", "0.5", False),
+        ("", "x", False),
+        ("x", "", None),
+        ("x", None, None),
+        ("x", " \n", None),
+    ],
+)
+def test_exact_match(completion, gold, verdict):
+    assert exact_match([completion], [gold]) == [verdict]
+
+
+@pytest.mark.parametrize("verify", [math_boxed, gsm8k, exact_match])
+def test_wrong_arguments_are_named(verify):
+    assert verify([], []) == []
+    with pytest.raises(RewardError, match="2 completions for 1 golds"):
+        verify(["a", "b"], ["a"])
+    with pytest.raises(RewardError, match=r"golds\[1\] is a int"):
+        verify(["a", "b"], ["a", 3])
+    with pytest.raises(RewardError, match=r"completions\[0\] is a NoneType"):
+        verify([None], ["a"])
+    with pytest.raises(RewardError, match="completions is one string"):
+        verify("a", ["a"])
+
+
+BOMBS = [
+    boxed("9^{9^{9^9}}"),
+    boxed("9^9^9^9"),
+    boxed("9**9**9**9"),
+    boxed("2^{99999999999}"),
+    boxed("x^{9^{99}}"),
+    boxed("9^{999,999,999}"),
+    boxed("999999999!"),
+    boxed("((9!)!)!"),
+    boxed("9!!!!"),
+    boxed("10^{100!}"),
+    boxed("(" * 200 + "1" + ")" * 200),
+    boxed("\\frac{1}{" * 100 + "2" + "}" * 100),
+    boxed("9" * 1_000_000),
+    "\\boxed{" * 140_000,
+    "\\boxed{" + "{" * 1_000_000,
+    "#### " + "9" * 1_000_000,
+    "####\n" * 200_000,
+    "9" * 1_000_000,
+    "$" * 1_000_000,
+    "\\" * 1_000_000,
+    "answer is $" + "x" * 1_000_000,
+    "The answer is " + "9^" * 5_000,
+    " " * 1_000_000,
+    "\x00\ud800\N{PILE OF POO}" * 1_000,
+]
+
+
+def test_bombs_are_wrong_and_cheap():
+    start = time.monotonic()
+    assert math_boxed(BOMBS, ["7919"] * len(BOMBS)) == [False] * len(BOMBS)
+    assert math_boxed(BOMBS, [r"\frac{7}{3}"] * len(BOMBS)) == [False] * len(BOMBS)
+    assert gsm8k(BOMBS, ["7919"] * len(BOMBS)) == [False] * len(BOMBS)
+    assert exact_match(BOMBS, ["7919"] * len(BOMBS)) == [False] * len(BOMBS)
+    assert time.monotonic() - start < 30
+
+
+@pytest.mark.parametrize("harmless", ["e^{x^2}", "2^{2^n}", "(x^{10})^{10}", "2^{1000}", "10!", "5!!", "2^{2^{10}}"])
+def test_ordinary_powers_are_no_bombs(harmless):
+    assert not verifiers._explodes(verifiers._Answer(harmless, False))
+
+
+@pytest.fixture
+def no_filter(monkeypatch):
+    """Let bombs through to the worker, with nothing remembered from other tests."""
+    monkeypatch.setattr(verifiers, "_explodes", lambda answer: False)
+    monkeypatch.setattr(verifiers, "_verdicts", {})
+
+
+def test_a_hanging_answer_costs_its_time_limit_and_no_more(no_filter, monkeypatch):
+    assert one(boxed("1/2"), "0.5") is True
+    worker = _sympy._process
+    monkeypatch.setattr(verifiers, "ITEM_SECONDS", 1.0)
+    start = time.monotonic()
+    assert math_boxed([boxed("9^{9^{9^9}}"), boxed(r"\frac{4}{2}")], ["2", "2"]) == [False, True]
+    assert 0.9 < time.monotonic() - start < 4.5  # CPU seconds; the wall clock would allow 5
+    assert _sympy._process is worker  # only its child has died
+    start = time.monotonic()
+    assert one(boxed("9^{9^{9^9}}"), "2") is False
+    assert time.monotonic() - start < 0.3  # remembered
+
+
+def test_a_stuck_worker_is_killed_and_replaced(no_filter, monkeypatch):
+    assert one(boxed("1/2"), "0.5") is True
+    stuck = _sympy._process
+    assert stuck is not None
+    monkeypatch.setattr(verifiers, "ITEM_SECONDS", 0.1)
+    monkeypatch.setattr(_sympy, "GRACE_SECONDS", 0.5)
+    os.killpg(stuck.pid, signal.SIGSTOP)  # its own timers cannot help it now
+    assert one(boxed("1/4"), "0.25") is False
+    assert stuck.poll() is not None
+    monkeypatch.undo()
+    assert one(boxed("1/8"), "0.125") is True
+
+
+def test_a_killed_worker_is_not_held_against_the_answer(no_filter):
+    assert one(boxed("1/2"), "0.5") is True
+    assert _sympy._process is not None
+    os.killpg(_sympy._process.pid, signal.SIGKILL)
+    assert math_boxed([boxed("1/4"), boxed("1/8")], ["0.25", "0.125"]) == [True, True]
+
+
+def test_a_flood_of_hanging_answers_ends_with_a_warning(no_filter, monkeypatch):
+    limits = []
+
+    def hang(gold, gold_is_prose, answer, answer_is_prose, seconds):
+        limits.append(seconds)
+        return "died"
+
+    monkeypatch.setattr(_sympy, "ask", hang)
+    completions = [boxed(f"x^{{{n}}}") for n in range(1_000)] + [boxed("5")]
+    with pytest.warns(RuntimeWarning, match="210 answers of one batch hung"):
+        assert math_boxed(completions, ["5"] * 1_001) == [False] * 1_000 + [True]
+    assert limits == [3.0] * 10 + [0.3] * 200
+
+
+MIXED = [
+    (boxed(r"\frac{3}{4}"), "0.75", True),
+    (boxed("3/4"), "0.5", False),
+    ("The answer is 3/8", "0.375", True),
+    (boxed("x+1"), "1+x", True),
+    (boxed("7"), "7", True),
+    (boxed("red"), "red", True),
+    (boxed(r"\sqrt{3}"), r"\sqrt{5}", False),
+    (boxed("9^{9^{9^9}}"), "5", False),
+    ("anything", "", None),
+]
+
+
+def test_threads_agree_with_one_thread(monkeypatch):
+    def call(seed: int) -> bool:
+        rows = MIXED * 2
+        random.Random(seed).shuffle(rows)
+        verifiers._verdicts.clear()  # so that the threads do share the worker
+        return math_boxed([c for c, _, _ in rows], [g for _, g, _ in rows]) == [v for _, _, v in rows]
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(call, range(40))) == [True] * 40
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+def test_a_forked_child_has_its_own_worker(no_filter):
+    assert one(boxed("1/2"), "0.5") is True
+    assert _sympy._process is not None
+    ours = _sympy._process.pid
+    asking = threading.Thread(target=math_boxed, args=([boxed(f"{n}/64") for n in range(200)], ["0.3"] * 200))
+    asking.start()  # so that the fork may find the lock taken and a question on its way
+    child = os.fork()
+    if child == 0:
+        code = 1
+        signal.alarm(60)  # a deadlock must end this test, not outlive it
+        try:
+            fresh = _sympy._process is None
+            verdicts = math_boxed([boxed("3/4"), boxed("3/8")], ["0.75", "0.75"])
+            code = 0 if fresh and verdicts == [True, False] and _sympy._process is not None else 1
+            _sympy._discard(5)
+        finally:
+            os._exit(code)  # whatever happens: not a second run of the test suite
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    asking.join()
+    assert _sympy._process is not None and _sympy._process.pid == ours
+    assert one(boxed("7/8"), "0.875") is True
+
+
+def run_script(text: str, tmp_path: Path) -> "subprocess.CompletedProcess[str]":
+    script = tmp_path / "script.py"
+    script.write_text(text)
+    environment = {**os.environ, "PYTHONPATH": SRC, "PYTHONWARNINGS": "default"}
+    return subprocess.run(
+        [sys.executable, "-X", "dev", str(script)], capture_output=True, text=True, env=environment, timeout=120
+    )
+
+
+def test_a_script_without_main_guard_runs_once_and_leaves_nothing(tmp_path):
+    done = run_script(
+        "print('started')\n"
+        "import sys\n"
+        "from mechreward.verifiers import math_boxed, _sympy\n"
+        "print([name for name in ('torch', 'sympy', 'math_verify', 'subprocess') if name in sys.modules][:3])\n"
+        "print(math_boxed([r'\\boxed{1/2}', r'\\boxed{1/3}'], ['0.5', '0.5']))\n"
+        "print('sympy' in sys.modules, _sympy._process.pid)\n",
+        tmp_path,
+    )
+    assert done.stderr == "" and done.returncode == 0
+    lines = done.stdout.splitlines()
+    assert lines[:3] == ["started", "['subprocess']", "[True, False]"] and lines[3].startswith("False ")
+    with pytest.raises(ProcessLookupError):
+        os.killpg(int(lines[3].split()[1]), 0)
+
+
+def test_the_worker_ends_with_a_parent_that_is_killed(tmp_path):
+    done = run_script(
+        "import os, signal\n"
+        "from mechreward.verifiers import math_boxed, _sympy\n"
+        "assert math_boxed([r'\\boxed{1/2}'], ['0.5']) == [True]\n"
+        "print(_sympy._process.pid, flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n",
+        tmp_path,
+    )
+    group = int(done.stdout)
+    for _ in range(100):
+        if not _alive(group):
+            return
+        time.sleep(0.1)
+    pytest.fail("the worker lives on")
+
+
+def _alive(group: int) -> bool:
+    """Whether a process of the group still runs; a zombie that nobody has reaped yet does not."""
+    states = subprocess.run(["ps", "-eo", "pgid=,stat="], capture_output=True, text=True).stdout.splitlines()
+    return any(int(row.split()[0]) == group and not row.split()[1].startswith("Z") for row in states)
+
+
+def test_a_worker_that_cannot_start_says_so(tmp_path):
+    (tmp_path / "math_verify.py").write_text("raise ImportError('broken on purpose')\n")
+    done = run_script(
+        "from mechreward.errors import RewardError\n"
+        "from mechreward.verifiers import math_boxed\n"
+        "try:\n    math_boxed([r'\\boxed{1/2}'], ['0.5'])\n"
+        "except RewardError as error:\n    print(error)\n",
+        tmp_path,
+    )
+    assert "did not start (failed: ImportError: broken on purpose)" in done.stdout and done.stderr == ""
+
+
+# Fuzz
+
+PIECES = (
+    "x y n 2 3 ( ) [ ] { } , ; = < ^ _ + - * / ! | % & $ ~ \\frac \\sqrt \\pi \\left( \\right) \\cup \\infty".split()
+)
+PIECES += r"\text{ \begin{pmatrix} \\ \sum_{ \int \log \binom".split()
+JUNK = [*"aeiou \n\t\0\u0660\u00b2\u221e\u00bd\u4e2d\ud800\U0001f600", "\\boxed", "boxed{", "}", "####", "$$", "\\["]
+RIGHT = ["7919", "7,919", "7{,}919", "$7919$", "\\$7919", "7919.0", r"\frac{15838}{2}", "+7919"]
+
+
+def fuzzed(rng: random.Random) -> tuple[str, bool]:
+    """A completion for the gold 7919 and whether it is right."""
+    kind = rng.randrange(100)
+    if kind < 15:
+        return "Some steps. " * rng.randrange(9) + boxed(rng.choice(RIGHT)), True
+    if kind < 25:
+        return f"Some steps.\n#### {rng.choice(RIGHT[:2])}", True
+    if kind < 50:
+        return boxed(str(rng.randrange(7919))), False
+    if kind < 65:
+        return "".join(map(chr, rng.choices(range(0x3000), k=rng.randrange(60)))).replace("7919", ""), False
+    if kind < 80:
+        return "".join(rng.choices(JUNK, k=rng.randrange(60))), False
+    if kind < 88:
+        a, b, c = (rng.randrange(2, 10) for _ in range(3))
+        return boxed(f"{a}^{{{b}^{{{c}^{{{rng.randrange(10**6)}}}}}}}"), False
+    if kind < 94:
+        return boxed(rng.choice(["{}!", "2^{{{}}}", "({}!)!", "10^{{{}}}"]).format(rng.randrange(10**5, 10**12))), False
+    if kind < 95:
+        return boxed("12" * rng.choice([200, 300, 1_000])), False
+    if kind < 97:
+        return f"We get {rng.randrange(10**9, 10**12)} {rng.choice(JUNK[5:8])} done", False
+    return boxed("".join(rng.choices(PIECES, k=rng.randrange(1, 12)))), False
+
+
+def check_fuzz(count: int, seed: int) -> None:
+    rng = random.Random(seed)
+    rows = [fuzzed(rng) for _ in range(count)]
+    completions, golds = [c for c, _ in rows], ["7919"] * count
+    verdicts = math_boxed(completions, golds)
+    assert [(c, v) for (c, right), v in zip(rows, verdicts, strict=True) if v is not right] == []
+    assert all(v is not None for v in gsm8k(completions, golds) + exact_match(completions, golds))
+
+
+def test_fuzz():
+    check_fuzz(5_000, seed=1)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1_800)
+def test_fuzz_100_000():
+    check_fuzz(100_000, seed=2)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text(max_size=80), st.text(max_size=20))
+def test_any_text_has_a_verdict(completion, gold):
+    for verify in (math_boxed, gsm8k, exact_match):
+        assert verify([completion], [gold])[0] in (True, False, None)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.decimals(-(10**9), 10**9, places=3), st.decimals(-(10**9), 10**9, places=3))
+def test_plain_numbers_compare_exactly(a, b):
+    assert one(boxed(f"{a:,}"), str(b)) is (a == b)
+    assert one(boxed(f"${a:,}0$"), str(a)) is True
+    assert gsm8k([f"#### {a:,}"], [str(b)]) == [a == b]
+
+
+balanced = st.recursive(
+    st.sampled_from(["1", "x", "\\{", "\\}", "\\\\", " "]),
+    lambda inner: st.lists(inner).map("".join).map("{{{}}}".format),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(balanced)
+def test_box_content_is_found_whole(content):
+    assert verifiers._boxed("{ \\boxed{no} \\boxed{" + content + "} } } \\boxed{ {") == content
