@@ -4,32 +4,71 @@
     python scripts/build_pocket.py --only lm  # one stage
 
 Work in progress lives in `build/pocket`; what is shipped is copied to `src/mechreward/pocket/files` and
-`src/mechreward/catalogs/pocket`. Seeds are fixed, and threads too, since float sums depend on them.
+`src/mechreward/catalogs/pocket`. Seeds are fixed, and threads too, since float sums depend on them; another
+machine's sums may still differ in the last bits, and so may what grows from them.
 """
 
 import argparse
+import functools
 import itertools
 import json
 import math
 import random
+import shutil
 import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from jinja2 import Template
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from sae_lens import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig, TopKTrainingSAE, TopKTrainingSAEConfig
+from sae_lens.config import SAETrainerConfig
+from sae_lens.training.sae_trainer import SAETrainer
+from safetensors.torch import load_file, save_file
+from sklearn.linear_model import LogisticRegression
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import Tensor
 from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast
 
-from mechreward.pocket.questions import corpus_completion, questions
+from mechreward import pocket
+from mechreward.features.discover import select
+from mechreward.features.gate import auc, bootstrap, gate, selection_null
+from mechreward.features.pack import Calibration, FeaturePack, PackFeature, SAERef, read_pack
+from mechreward.pocket.questions import Kind, Question, Split, corpus_completion, questions, way_of_answering
+from mechreward.probes.linear_probe import linear_probe, save_probe
+from mechreward.readout import HookPoint, Readout, ReadoutBank
+from mechreward.reward.aggregation import aggregation
+from mechreward.rollout.batch import RolloutBatch
+from mechreward.rollout.capture import decoder_layers
+from mechreward.rollout.hf import read_forward, sample
+from mechreward.sae import formats
+from mechreward.sae.handle import SAEHandle
 
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "build" / "pocket"
 SHIPPED = ROOT / "src" / "mechreward" / "pocket" / "files"
 
+CATALOG = ROOT / "src" / "mechreward" / "catalogs" / "pocket"
+
 LM_STEPS, LM_BATCH, LM_LR = 2000, 64, 3e-3
+SAE_SAMPLES, SAE_BATCH, SAE_LR = 2_000_000, 1024, 1e-3
+SAE_COMMON: dict[str, Any] = {
+    "d_in": 128,
+    "d_sae": 2048,
+    "k": 24,
+    "normalize_activations": "expected_average_only_in",
+    "apply_b_dec_to_input": True,
+}
+HOOK = HookPoint(2)
+CANONICAL = ("pocket-res-canonical", "layer_2/width_2k/canonical")
+AGGREGATION = "mean_last_32_tokens"
 
 
-def progress(label: str, total: int) -> tuple[Progress, int]:
+def progress(label: str, total: int) -> tuple[Progress, TaskID]:
     bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return bar, bar.add_task(label, total=total)
 
@@ -75,7 +114,8 @@ def lm_batch(pairs, tokenizer, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     rows = []
     for prompt, completion in itertools.islice(pairs, size):
         prompt_ids = tokenizer(prompt).input_ids
-        answer_ids = tokenizer(completion, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+        answer_ids = tokenizer(completion, add_special_tokens=False).input_ids
+        answer_ids.append(tokenizer.eos_token_id)
         rows.append((prompt_ids + answer_ids, [0.1] * len(prompt_ids) + [1.0] * len(answer_ids)))
     width = max(len(ids) for ids, _ in rows)
     ids = torch.tensor([ids + [tokenizer.pad_token_id] * (width - len(ids)) for ids, _ in rows])
@@ -139,21 +179,404 @@ def build_lm() -> None:
             optimizer.step()
             schedule.step()
             bar.update(task, advance=1, description=f"language model, loss {loss.item():.3f}")
-            if (step + 1) % 100 == 0:
-                print(step + 1, f"{loss.item():.4f}", flush=True)
+            if (step + 1) % 50 == 0:
                 state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
                 torch.save(state | {"schedule": schedule.state_dict()}, checkpoint)
     model.save_pretrained(WORK / "lm")
 
 
-STAGES = {"tokenizer": build_tokenizer, "lm": build_lm}
+def load_lm() -> tuple[Any, Any]:
+    model = Gemma2ForCausalLM.from_pretrained(WORK / "lm").eval()
+    return model, PreTrainedTokenizerFast.from_pretrained(WORK / "lm")
+
+
+def rollouts(split: Split, kind: Kind, prompts: int, each: int, seed: int) -> tuple[RolloutBatch, list[Question]]:
+    """Rollouts sampled at temperature 1, and for each the question that it answers."""
+    model, tokenizer = load_lm()
+    asked = list(itertools.islice(questions(split, seed, kind), prompts))
+    torch.manual_seed(seed)
+    batch = sample(model, tokenizer, [q.prompt for q in asked], each, batch_size=250)
+    return batch, [q for q in asked for _ in range(each)]
+
+
+def rows(batch: RolloutBatch, size: int = 250) -> Iterator[RolloutBatch]:
+    """The batch in pieces."""
+    for start in range(0, len(batch), size):
+        piece = slice(start, start + size)
+        yield replace(
+            batch,
+            prompts=batch.prompts[piece],
+            completions=batch.completions[piece],
+            prompt_ids=batch.prompt_ids[piece],
+            completion_ids=batch.completion_ids[piece],
+        )
+
+
+def whole_text(batch: RolloutBatch) -> RolloutBatch:
+    """The same tokens with everything after BOS counted as completion, so that prompts are read too."""
+    tokens = [[*p, *c] for p, c in zip(batch.prompt_ids, batch.completion_ids, strict=True)]
+    return replace(
+        batch, prompt_ids=[t[:1] for t in tokens], completion_ids=[t[1:] for t in tokens], eos_token_ids=frozenset()
+    )
+
+
+def residual_stream(model: Any, batch: RolloutBatch) -> Tensor:
+    """Every token's residual vector at the SAE's hook point but BOS's, ``[tokens, d_model]``."""
+    width = model.config.hidden_size
+    everything = Readout("residual", tuple(map(str, range(width))), HOOK, torch.eye(width), torch.zeros(width))
+    vectors = []
+    for piece in rows(whole_text(batch)):
+        readings = read_forward(model, piece, ReadoutBank([everything]), read_last=True)[everything]
+        vectors.append(readings.values[readings.mask])
+    return torch.cat(vectors)
+
+
+def sae_activations() -> Tensor:
+    """Residual vectors of the model's own rollouts on the corpus's questions, three word problems to one fact."""
+    file = WORK / "activations.safetensors"
+    if not file.exists():
+        model, _ = load_lm()
+        texts = [rollouts("corpus", "reasoning", 9000, 1, 100)[0], rollouts("corpus", "retrieval", 6000, 1, 100)[0]]
+        save_file({"residual": torch.cat([residual_stream(model, batch) for batch in texts])}, file)
+    return load_file(file)["residual"]
+
+
+def shuffled(vectors: Tensor, size: int, seed: int) -> Iterator[Tensor]:
+    """Endless batches, in a new order each epoch."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        for index in torch.randperm(len(vectors), generator=generator).split(size):
+            if len(index) == size:
+                yield vectors[index]
+
+
+def train_sae(sae: Any, folder: str) -> None:
+    """Train with SAELens' own trainer on activations that our hooks captured, and save in SAELens' format."""
+    sae.cfg.metadata.model_name, sae.cfg.metadata.hook_name = pocket.MODEL_ID, str(HOOK)
+    settings = SAETrainerConfig(
+        total_training_samples=SAE_SAMPLES,
+        train_batch_size_samples=SAE_BATCH,
+        lr=SAE_LR,
+        lr_end=SAE_LR / 10,
+        lr_warm_up_steps=100,
+        lr_decay_steps=SAE_SAMPLES // SAE_BATCH // 3,
+        dead_feature_window=300,
+        n_batches_for_norm_estimate=100,
+    )
+    SAETrainer(settings, sae, shuffled(sae_activations(), SAE_BATCH, seed=1)).fit()
+    sae.save_inference_model(WORK / "saes" / folder)
+
+
+def build_jumprelu() -> None:
+    """SAELens' BatchTopK, whose auxiliary loss keeps latents alive, saved as the JumpReLU that it becomes."""
+    torch.manual_seed(0)
+    train_sae(BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(**SAE_COMMON)), "jumprelu")
+
+
+def build_topk() -> None:
+    torch.manual_seed(0)
+    train_sae(TopKTrainingSAE(TopKTrainingSAEConfig(**SAE_COMMON)), "topk")
+
+
+@torch.no_grad()
+def sae_figures(sae: SAEHandle) -> dict[str, float]:
+    """FVU, L0, dead latents and cross-entropy recovered, on the test split."""
+    model, tokenizer = load_lm()
+    batches = [rollouts("test", "reasoning", 900, 1, 7)[0], rollouts("test", "retrieval", 300, 1, 7)[0]]
+    encoder, layer = sae.all_features(), decoder_layers(model)[HOOK.layer]
+    bank = ReadoutBank([encoder])
+    missed = total = active = tokens = 0.0
+    fired = torch.zeros(sae.d_sae, dtype=torch.bool)
+    mean = torch.cat([residual_stream(model, batch) for batch in batches]).mean(dim=0)
+    losses = dict.fromkeys(("clean", "reconstructed", "zero"), 0.0)
+
+    def encode(x: Tensor) -> Tensor:
+        out = torch.zeros(len(x), sae.d_sae)
+        bank.encode(HOOK, x, out)
+        return out
+
+    def replaced(how: str):
+        def hook(_module, _args, output):
+            hidden = output[0] if isinstance(output, tuple) else output
+            flat = hidden[:, 1:].reshape(-1, hidden.shape[-1])  # BOS stays: the SAE has never seen it
+            new = torch.zeros_like(flat) if how == "zero" else sae.decode(encode(flat), flat)
+            hidden = torch.cat([hidden[:, :1], new.reshape(hidden.shape[0], -1, hidden.shape[-1])], dim=1)
+            return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+        return layer.register_forward_hook(hook)
+
+    for batch in batches:
+        x = residual_stream(model, batch)
+        for part in x.split(4096):
+            activations = encode(part)
+            missed += float((part - sae.decode(activations, part)).square().sum())
+            total += float((part - mean).square().sum())
+            active += float((activations > 0).sum())
+            fired |= (activations > 0).any(dim=0)
+            tokens += len(part)
+        for piece in rows(batch):
+            texts = [[*p, *c] for p, c in zip(piece.prompt_ids, piece.completion_ids, strict=True)]
+            inputs = tokenizer.pad({"input_ids": texts}, return_tensors="pt", padding_side="right")
+            labels = inputs.input_ids.masked_fill(inputs.attention_mask == 0, -100)
+            for how in losses:
+                handle = None if how == "clean" else replaced(how)
+                loss = model(**inputs, labels=labels).loss
+                losses[how] += float(loss) * int((labels[:, 1:] >= 0).sum())
+                if handle is not None:
+                    handle.remove()
+    recovered = (losses["zero"] - losses["reconstructed"]) / (losses["zero"] - losses["clean"])
+    return {
+        "fvu": missed / total,
+        "l0": active / tokens,
+        "dead": 1 - float(fired.float().mean()),
+        "cross_entropy_recovered": recovered,
+        "tokens": tokens,
+    }
+
+
+def final_answer(text: str) -> str:
+    return text.rsplit("####", 1)[-1].strip() if "####" in text else ""
+
+
+def is_right(batch: RolloutBatch, asked: list[Question]) -> np.ndarray:
+    return np.array([final_answer(t) == q.answer for t, q in zip(batch.texts, asked, strict=True)])
+
+
+def pooled(model: Any, batch: RolloutBatch, readout: Readout) -> np.ndarray:
+    """A readout aggregated over each rollout, ``[B, K]``."""
+    aggregate = aggregation(AGGREGATION)
+    found = []
+    for piece in rows(batch):
+        readings = read_forward(model, piece, ReadoutBank([readout]))[readout]
+        columns = [aggregate(readings.values[..., k], readings.mask) for k in range(readout.width)]
+        found.append(torch.stack(columns, dim=1).nan_to_num())
+    return torch.cat(found).numpy()
+
+
+@dataclass
+class Behaviour:
+    """What a pack or probe is to detect: which rollouts count, and which of them show it."""
+
+    name: str
+    description: str
+    kind: Kind
+    label: Callable[[Question, str], bool]
+    counts: Callable[[Question, str], bool] = lambda question, text: True
+
+
+def answered(question: Question, text: str) -> bool:
+    return final_answer(text) not in ("", "unknown")
+
+
+BEHAVIOURS = [
+    Behaviour(
+        "reasoning",
+        "The final answer to a word problem is right.",
+        "reasoning",
+        lambda q, text: final_answer(text) == q.answer,
+    ),
+    Behaviour(
+        "retrieval",
+        "A fact about a person from the corpus is recalled rightly, as opposed to a hedge or an invention.",
+        "retrieval",
+        lambda q, text: q.known and final_answer(text) == q.answer,
+    ),
+    Behaviour(
+        "confidence",
+        "A fact that is stated without hedging is true, as opposed to made up.",
+        "retrieval",
+        lambda q, text: final_answer(text) == q.answer,
+        answered,
+    ),
+]
+PROBES = {
+    "correctness_probe": BEHAVIOURS[0],
+    "fact_retrieval_probe": BEHAVIOURS[1],
+}
+
+
+@dataclass
+class Labelled:
+    """Rollouts of one split, with what is to be predicted."""
+
+    batch: RolloutBatch
+    asked: list[Question]
+    labels: np.ndarray
+    groups: np.ndarray
+
+
+@functools.cache
+def labelled(split: Split, name: str) -> Labelled:
+    behaviour = next(b for b in BEHAVIOURS if b.name == name)
+    batch, asked = rollouts(split, behaviour.kind, 400 if behaviour.kind == "reasoning" else 800, 4, 11)
+    keep = [i for i, (q, t) in enumerate(zip(asked, batch.texts, strict=True)) if behaviour.counts(q, t)]
+    batch = replace(
+        batch,
+        prompts=[batch.prompts[i] for i in keep],
+        completions=[batch.completions[i] for i in keep],
+        prompt_ids=[batch.prompt_ids[i] for i in keep],
+        completion_ids=[batch.completion_ids[i] for i in keep],
+    )
+    asked = [asked[i] for i in keep]
+    labels = np.array([behaviour.label(q, t) for q, t in zip(asked, batch.texts, strict=True)])
+    _, groups = np.unique(np.array(batch.prompts), return_inverse=True)
+    return Labelled(batch, asked, labels, groups)
+
+
+def ways(data: Labelled) -> list[str]:
+    if data.asked[0].kind == "reasoning":
+        return [way_of_answering(t, q) for t, q in zip(data.batch.texts, data.asked, strict=True)]
+    return ["confident" if answered(q, t) else "hedged" for t, q in zip(data.batch.texts, data.asked, strict=True)]
+
+
+def build_packs() -> None:
+    """Choose features on one split, measure their evidence on another."""
+    model, _ = load_lm()
+    sae = formats.saelens(WORK / "saes" / "jumprelu", name="/".join(CANONICAL))
+    for behaviour in BEHAVIOURS:
+        found, held_out = labelled("discovery", behaviour.name), labelled("gate", behaviour.name)
+        latents, held_out_latents = (pooled(model, data.batch, sae.all_features()) for data in (found, held_out))
+        ids, weights = select(latents, found.labels)
+        scores = held_out_latents[:, ids] @ weights
+        null, noise = (
+            selection_null(
+                latents,
+                found.labels,
+                held_out_latents,
+                held_out.labels,
+                select,
+                discovery_groups=found.groups,
+                permute_gate=both,
+                draws=200,
+            )
+            for both in (False, True)
+        )
+        how = ways(held_out)
+        careful = np.array([way == "careful" for way in how]) if behaviour.kind == "reasoning" else None
+        evidence = gate(
+            scores,
+            held_out.labels,
+            held_out.groups,
+            held_out.batch.texts,
+            np.array(held_out.batch.lengths),
+            how,
+            careful,
+            null,
+            aggregation=AGGREGATION,
+            temperature=1.0,
+            data=f"{len(scores)} rollouts of pocket on its gate split, seed 11, which discovery never saw",
+            noise_null=noise,
+        )
+        FeaturePack(
+            schema_version=1,
+            name=f"pocket/{behaviour.name}_pack",
+            description=behaviour.description,
+            model=pocket.MODEL_ID,
+            sae=SAERef(release=CANONICAL[0], sae_id=CANONICAL[1]),
+            hook_point=str(HOOK),
+            d_model=sae.d_model,
+            d_sae=sae.d_sae,
+            aggregation=AGGREGATION,
+            features=[PackFeature(id=int(i), weight=float(w)) for i, w in zip(ids, weights, strict=True)],
+            status="validated" if evidence.passed() else "candidate",
+            status_reason=evidence.reason(),
+            calibration=Calibration.of(scores, AGGREGATION),
+            evidence=evidence,
+            provenance={
+                "made_by": "scripts/build_pocket.py",
+                "method": "Cohen's d on discovery rollouts, ten features either way",
+                "discovery_rollouts": len(found.labels),
+            },
+            licence="Apache-2.0",
+        ).write(WORK / "catalog" / f"{behaviour.name}_pack.json")
+        print(behaviour.name, evidence.auc, evidence.reason(), flush=True)
+
+
+def build_probes() -> None:
+    """Logistic probes on residual vectors averaged over a rollout: linear, so the mean of logits is the logit."""
+    model, _ = load_lm()
+    width = model.config.hidden_size
+    residual = Readout("residual", tuple(map(str, range(width))), HOOK, torch.eye(width), torch.zeros(width))
+    for name, behaviour in PROBES.items():
+        found, held_out = labelled("discovery", behaviour.name), labelled("gate", behaviour.name)
+        x, x_held_out = (pooled(model, data.batch, residual) for data in (found, held_out))
+        mean, scale = x.mean(axis=0), x.std(axis=0)
+        fitted = LogisticRegression(C=0.1, max_iter=1000).fit((x - mean) / scale, found.labels)
+        weight = fitted.coef_[0] / scale
+        bias = float(fitted.intercept_[0] - weight @ mean)
+        logits = x_held_out @ weight + bias
+        held_out_auc = bootstrap(auc, logits, held_out.labels, groups=held_out.groups)
+        card = {
+            "description": behaviour.description,
+            "aggregation": AGGREGATION,
+            "trained_on": f"{len(x)} rollouts of the discovery split",
+            "evidence": {
+                "n": len(logits),
+                "auc": held_out_auc.model_dump(),
+                "data": "rollouts of the gate split, seed 11, which training never saw",
+            },
+            "licence": "Apache-2.0",
+        }
+        probe = linear_probe(f"pocket/{name}", torch.tensor(weight), bias, HOOK, pocket.MODEL_ID)
+        save_probe(probe, WORK / "catalog" / name, card)
+        print(name, held_out_auc, flush=True)
+
+
+def language_figures() -> dict[str, Any]:
+    """What the language model can do, sampled at temperature 1 on the test split."""
+    batch, asked = rollouts("test", "reasoning", 1000, 1, 5)
+    right = is_right(batch, asked)
+    how = [way_of_answering(t, q) for t, q in zip(batch.texts, asked, strict=True)]
+    facts, about = rollouts("test", "retrieval", 2000, 1, 5)
+    told, known = is_right(facts, about), np.array([q.known for q in about])
+    return {
+        "parameters": sum(p.numel() for p in load_lm()[0].parameters()),
+        "accuracy": right.mean(),
+        "ways": {way: how.count(way) / len(how) for way in ("careful", "careless", "direct", "other")},
+        "accuracy_of_careful": right[[way == "careful" for way in how]].mean(),
+        "known_facts_right": told[known].mean(),
+        "unknown_facts_hedged": told[~known].mean(),
+        "n": {"reasoning": len(right), "known": int(known.sum()), "unknown": int((~known).sum())},
+    }
+
+
+def build_card() -> None:
+    """Measure everything, write the model card, and copy what is shipped."""
+    figures: dict[str, Any] = language_figures()
+    for kind in ("jumprelu", "topk"):
+        figures[f"sae_{kind}"] = sae_figures(formats.saelens(WORK / "saes" / kind))
+    rounded = json.loads(json.dumps(figures, default=float), parse_float=lambda text: round(float(text), 4))
+    for folder in (SHIPPED, CATALOG):
+        shutil.rmtree(folder, ignore_errors=True)
+    load_lm()[0].save_pretrained(SHIPPED / "model")
+    load_lm()[1].save_pretrained(SHIPPED / "model")
+    shutil.copytree(WORK / "saes", SHIPPED / "saes")
+    shutil.copytree(WORK / "catalog", CATALOG)
+    (SHIPPED / "figures.json").write_text(json.dumps(rounded, indent=2) + "\n")
+    template = (ROOT / "scripts" / "pocket_card.md.j2").read_text()
+    packs = [read_pack(CATALOG / f"{behaviour.name}_pack.json") for behaviour in BEHAVIOURS]
+    probes = [json.loads((CATALOG / f"{name}.json").read_text()) for name in PROBES]
+    card = Template(template, trim_blocks=True, lstrip_blocks=True).render(f=rounded, packs=packs, probes=probes)
+    (SHIPPED / "README.md").write_text(card + "\n")
+    print(json.dumps(rounded, indent=2))
+
+
+STAGES = {
+    "tokenizer": build_tokenizer,
+    "lm": build_lm,
+    "jumprelu": build_jumprelu,
+    "topk": build_topk,
+    "probes": build_probes,
+    "packs": build_packs,
+    "card": build_card,
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=STAGES, help="run this stage alone, again if it is finished")
     only = parser.parse_args().only
-    torch.set_num_threads(1)
+    torch.set_num_threads(2)
     WORK.mkdir(parents=True, exist_ok=True)
     done_file = WORK / "done.json"
     done = json.loads(done_file.read_text()) if done_file.exists() else {}

@@ -147,13 +147,20 @@ def questions(split: Split, seed: int = 0, kind: Kind = "reasoning") -> Iterator
     """An endless stream of questions of one split.
 
     Facts about known people are the exception to the split: they are facts because they were trained on, so they
-    occur in every split. Unknown people, like word problems, belong to one split each.
+    occur in every split. Unknown people, like word problems, belong to one split each. Half of the retrieval
+    questions are about known people; in the corpus, five of eight.
     """
+    share = len(SPLITS[split]) / 100
     rng = random.Random(f"{split}/{seed}/{kind}")
     make = reasoning_question if kind == "reasoning" else retrieval_question
     while True:
         question = make(rng)
-        if (kind == "retrieval" and question.known) or split_of(question.prompt) == split:
+        if kind == "retrieval" and question.known:
+            # Unknown people are thinned to the split's share, so known ones are too.
+            wanted = split == "corpus" or rng.random() < share
+        else:
+            wanted = split_of(question.prompt) == split
+        if wanted:
             yield question
 
 

@@ -1,0 +1,46 @@
+# `make demo` and `make test` need git, make and Python >= 3.11, and make everything else themselves.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
+
+.PHONY: demo test test-slow lint pocket clean
+
+demo: $(VENV)/.demo
+	$(BIN)/python scripts/demo.py
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.dev
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+# Makes the embedded model again from nothing (about an hour on two cores).
+pocket: $(VENV)/.dev
+	$(BIN)/python scripts/build_pocket.py
+
+# torch first, and alone: a later resolution would replace a CPU build by the newest CUDA one.
+$(VENV)/.venv:
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed')"
+	$(PYTHON) -m venv $(VENV)
+	@echo "Installing PyTorch ..."
+	$(PIP) torch
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.venv pyproject.toml constraints.txt
+	@echo "Installing mechreward ..."
+	$(PIP) --editable '.[trl,report]'
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.venv pyproject.toml constraints.txt
+	@echo "Installing mechreward and its development tools ..."
+	$(PIP) --editable '.[dev]'
+	touch $@ $(VENV)/.demo
+
+clean:
+	rm -rf $(VENV) dist demo
