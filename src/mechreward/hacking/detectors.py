@@ -10,6 +10,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from mechreward.errors import ConfigError, RewardError, nearest
 from mechreward.readout import Readings, Request
 from mechreward.rollout.batch import RolloutBatch
 
@@ -39,9 +40,15 @@ class Guard(Protocol):
 
 
 def apply_guards(guards: Sequence[Guard], batch: RolloutBatch, readings: Mapping[Request, Readings]) -> RolloutBatch:
-    """The batch with every guard's verdict: the lowest trust wins."""
+    """The batch with every guard's verdict: the lowest trust wins.
+
+    Raises:
+        RewardError: A trust outside 0..1, with which a guard would raise a reward or turn it round.
+    """
     for guard in guards:
         verdict = guard(batch, readings)
+        if not ((verdict.trust >= 0) & (verdict.trust <= 1)).all():
+            raise RewardError(f"The guard {type(guard).__name__} gave a trust outside 0 to 1.")
         batch = batch.guarded(verdict.trust, verdict.dropped, verdict.flags)
     return batch
 
@@ -59,9 +66,10 @@ class RepetitionDetector:
         action: ``"downweight"`` leaves ``trust`` of a positive feature reward; ``"drop"`` removes the rollout from
             training.
         trust: What is left of it.
-    """
 
-    requests: list[Request] = []
+    Raises:
+        ConfigError: An unknown action, or a number that makes no sense.
+    """
 
     def __init__(
         self,
@@ -71,6 +79,15 @@ class RepetitionDetector:
         action: Literal["downweight", "drop"] = "downweight",
         trust: float = 0.0,
     ):
+        if action not in ("downweight", "drop"):
+            hint = nearest(action, ["downweight", "drop"])
+            raise ConfigError(f"The repetition detector has no action '{action}': use 'downweight' or 'drop'.{hint}")
+        if n < 1 or not 0 <= threshold <= 1 or not 0 <= trust <= 1:
+            raise ConfigError(
+                f"The repetition detector needs n >= 1, and threshold and trust in 0 to 1, not n={n}, "
+                f"threshold={threshold}, trust={trust}."
+            )
+        self.requests: list[Request] = []  # it reads token ids alone
         self.n, self.threshold, self.min_ngrams, self.action, self.trust = n, threshold, min_ngrams, action, trust
 
     def repetition(self, ids: Sequence[int]) -> float:

@@ -41,6 +41,9 @@ except ModuleNotFoundError as error:
 
 logger = logging.getLogger(__name__)
 
+STATE_FILE = "mechreward.json"
+"""In each checkpoint: the rewards' running statistics."""
+
 
 @dataclass
 class MechRewardGRPOConfig(GRPOConfig):
@@ -147,6 +150,12 @@ class MechRewardGRPOTrainer(GRPOTrainer):
                 'aggregation="per_token" gives each token its own advantage, which '
                 'importance_sampling_level="sequence" cannot use: choose "token".'
             )
+        for reward, weight in zip(self.reward_funcs, self.reward_weights.tolist(), strict=True):
+            if weight < 0 and getattr(reward, "requests", ()):
+                raise RewardError(
+                    f"reward_weights gives '{reward.__name__}' {weight:g}: guards must know the sign of a feature "
+                    "reward, so put a negative weight into a CompositeReward."
+                )
         if self.beta == 0 and self._banks:
             logger.warning("beta=0: nothing keeps the policy near its start, and feature rewards are easy to game.")
         for reward in self.reward_funcs:
@@ -289,7 +298,8 @@ class MechRewardGRPOTrainer(GRPOTrainer):
             yield
 
     def _keep(self, reads: str, bank: ReadoutBank, values: Tensor, mask: Tensor) -> None:
-        for readout, readings in bank.split(values, mask).items():
+        # The generation goes on feeding padding to rows that have ended: what was read there is not kept.
+        for readout, readings in bank.split(values * mask[..., None], mask).items():
             self._step_state.read[Request(readout, reads)] = readings  # pyright: ignore[reportArgumentType]
 
     def readings(self, batch: RolloutBatch, requests: Sequence[Request]) -> Mapping[Request, Readings]:
@@ -315,7 +325,8 @@ class MechRewardGRPOTrainer(GRPOTrainer):
         batch = replace(step.batch, prompts=prompts, completions=completions, columns=columns)
         # All models are read here, in one pass each, before the first reward asks.
         readings = self.readings(batch, [Request(r, *key) for key, bank in self._banks.items() for r in bank.readouts])  # pyright: ignore
-        step.batch = apply_guards(self.guards, batch, readings)
+        clean = batch.guarded(torch.ones(len(batch)), torch.zeros(len(batch), dtype=torch.bool), [[] for _ in prompts])
+        step.batch = apply_guards(self.guards, clean, readings)
         step.dropped = step.batch.dropped
         with self._naming_the_reward():
             rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
@@ -384,18 +395,17 @@ class MechRewardGRPOTrainer(GRPOTrainer):
         super()._save_checkpoint(model, trial)
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-            states = {r.__name__: r.state_dict() for r in self.reward_funcs if isinstance(r, Reward)}
-            (folder / "mechreward.json").write_text(json.dumps(states))
+            states = [r.state_dict() if isinstance(r, Reward) else {} for r in self.reward_funcs]
+            (folder / STATE_FILE).write_text(json.dumps(states))
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
-        file = Path(checkpoint or "") / "mechreward.json"
+        file = Path(checkpoint or "") / STATE_FILE
         if checkpoint is None or not file.exists():
             return
-        states = json.loads(file.read_text())
-        for reward in self.reward_funcs:
-            if isinstance(reward, Reward) and reward.__name__ in states:
-                reward.load_state_dict(states[reward.__name__])
+        for reward, state in zip(self.reward_funcs, json.loads(file.read_text()), strict=True):
+            if isinstance(reward, Reward) and state:
+                reward.load_state_dict(state)
 
 
 def _all_rewards(rewards: Sequence[Any]) -> Iterator[Any]:

@@ -37,8 +37,9 @@ def linear_probe(
 
 def save_probe(probe: Readout, path: Path, card: dict) -> None:
     """Write ``<path>.safetensors`` (weight, bias) and ``<path>.json`` (where it reads, and its evidence)."""
+    card_file, weights_file = _files(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({"weight": probe.weight[:, 0].contiguous(), "bias": probe.bias}, path.with_suffix(".safetensors"))
+    save_file({"weight": probe.weight[:, 0].contiguous(), "bias": probe.bias}, weights_file)
     described = {
         "schema_version": SCHEMA_VERSION,
         "name": probe.name,
@@ -46,7 +47,13 @@ def save_probe(probe: Readout, path: Path, card: dict) -> None:
         "model": probe.model_name,
         **card,
     }
-    path.with_suffix(".json").write_text(json.dumps(described, indent=2) + "\n")
+    card_file.write_text(json.dumps(described, indent=2) + "\n")
+
+
+def _files(path: Path) -> tuple[Path, Path]:
+    """Card and weights; a dot in a probe's name (``v1.2``) is part of it."""
+    stem = path.name.removesuffix(".json").removesuffix(".safetensors")
+    return path.with_name(f"{stem}.json"), path.with_name(f"{stem}.safetensors")
 
 
 def shipped_probes() -> list[str]:
@@ -55,17 +62,17 @@ def shipped_probes() -> list[str]:
 
 
 def load_probe(name: str, logits: bool = False) -> Readout:
-    """A probe from the shipped catalogs, or from a path without suffix.
+    """A probe from the shipped catalogs, or from a path.
 
     Args:
-        name: ``"pocket/fact_retrieval_probe"``, or a path to ``.json`` beside ``.safetensors``.
+        name: ``"pocket/fact_retrieval_probe"``, or a path to ``.json`` beside ``.safetensors``, with or without suffix.
         logits: Return logits instead of probabilities.
 
     Raises:
         PackError: There is none, or its files are damaged.
     """
     path = CATALOGS / name if name in shipped_probes() else Path(name)
-    card_file, weights_file = path.with_suffix(".json"), path.with_suffix(".safetensors")
+    card_file, weights_file = _files(path)
     if not card_file.exists() or not weights_file.exists():
         raise PackError(
             f"There is no probe '{name}': no catalog has it, and there are no files {card_file.name} and "
@@ -76,9 +83,11 @@ def load_probe(name: str, logits: bool = False) -> Readout:
         if card["schema_version"] != SCHEMA_VERSION:
             raise PackError(f"{card_file} has schema_version {card['schema_version']}: this version reads 1.")
         tensors = load_file(weights_file)
+        if tensors["weight"].ndim != 1 or tensors["bias"].shape != (1,):
+            raise ValueError("weight should be [d_model] and bias [1]")
         hook_point = HookPoint.parse(card["hook_point"])
         return linear_probe(
             card["name"], tensors["weight"], float(tensors["bias"][0]), hook_point, card.get("model"), logits
         )
-    except (SafetensorError, ValueError, KeyError, TypeError, IndexError) as error:
+    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise PackError(f"Probe '{name}' is damaged ({type(error).__name__}: {error}): fetch it again.") from error

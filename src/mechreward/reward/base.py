@@ -84,8 +84,14 @@ class Reward:
         """The readouts that this reward needs."""
         return []
 
-    def score(self, batch: RolloutBatch, readings: Mapping[Request, Readings]) -> Scores:
-        """Score a batch of B rollouts."""
+    def score(self, batch: RolloutBatch, readings: Mapping[Request, Readings], sense: float = 1.0) -> Scores:
+        """Score a batch of B rollouts.
+
+        Args:
+            batch: The rollouts, with what the guards say of them.
+            readings: For each of :attr:`requests`.
+            sense: Negative where the caller subtracts these scores: then guards must not lower but raise them.
+        """
         raise RewardError(f"{type(self).__name__} does not say how it scores.")
 
     def state_dict(self) -> dict[str, Any]:
@@ -118,7 +124,7 @@ class Reward:
             prompts: B prompts, plain or conversational.
             completions: B completions.
             completion_ids: Their token ids, as TRL passes them.
-            source: Where activations come from, if no trainer calls.
+            source: Where activations come from, if no trainer calls. (A list is a dataset's column of that name.)
             log_metric, log_extra, trainer_state, environments: Passed by TRL.
             **columns: The dataset's other columns.
 
@@ -129,6 +135,8 @@ class Reward:
             RewardError: The call lacks something, in one sentence.
         """
         began = time.perf_counter()
+        if isinstance(source, (list, tuple)):  # a dataset's column of that name, which NuminaMath has
+            columns, source = {**columns, "source": source}, None
         origin = resolve_source(source, log_metric, needs_model=bool(self.requests))
         batch = origin.batch(prompts, completions, completion_ids, columns)
         readings = origin.read(batch, self.requests) if self.requests else {}

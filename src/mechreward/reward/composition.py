@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -43,8 +44,10 @@ class Hero:
     def __post_init__(self):
         if not (self.alpha >= 0 and self.beta >= 0 and self.alpha + self.beta < 1):
             raise ConfigError(f"HERO needs alpha, beta >= 0 and alpha + beta < 1, not {self.alpha} and {self.beta}.")
-        if not 0 < self.w_min <= self.w_max:
-            raise ConfigError(f"HERO needs 0 < w_min <= w_max, not {self.w_min} and {self.w_max}.")
+        if not 0 < self.w_min <= self.w_max < math.inf:
+            raise ConfigError(f"HERO needs 0 < w_min <= w_max < infinity, not {self.w_min} and {self.w_max}.")
+        if not (math.isfinite(self.k) and 0 <= self.memory <= 1):
+            raise ConfigError(f"HERO needs a finite k and a memory in 0 to 1, not {self.k} and {self.memory}.")
 
 
 class CompositeReward(Reward):
@@ -64,7 +67,7 @@ class CompositeReward(Reward):
     The repetition detector runs over every batch, and lowers the feature rewards of what it flags.
 
     Args:
-        rewards: Parts; composites may be nested.
+        rewards: Parts; composites may be nested, without guards of their own.
         weights: One per part, finite; 1 each by default.
         mode: See above; ``"hero"`` and ``"gated"`` need exactly one OutcomeReward among the parts.
         gate: For ``mode="gated"``.
@@ -92,12 +95,14 @@ class CompositeReward(Reward):
             raise RewardError(f"CompositeReward has {len(self.rewards)} rewards and {len(self.weights)} weights.")
         if not all(math.isfinite(w) for w in self.weights):
             raise RewardError(f"A weight of '{name}' is NaN or infinite: give finite numbers.")
-        not_ours = next((r for r in self.rewards if not isinstance(r, Reward)), None)
-        if not_ours is not None:
+        not_ours = [r for r in self.rewards if not isinstance(r, Reward)]
+        if not_ours:
             raise RewardError(
-                f"{not_ours!r} is not a mechreward reward: wrap a verifier in OutcomeReward, or pass a plain reward "
+                f"{not_ours[0]!r} is not a mechreward reward: wrap a verifier in OutcomeReward, or pass a plain reward "
                 "function to the trainer beside the composite."
             )
+        if any(isinstance(r, CompositeReward) and r.guards is not None for r in self.rewards):
+            raise RewardError("Guards look at whole rollouts: give them to the outermost CompositeReward alone.")
         if mode not in MODES:
             raise ConfigError(f"There is no mode '{mode}': use sum, hero or gated.{nearest(mode, MODES)}")
         if gate not in ("passes", "penalty"):
@@ -108,6 +113,11 @@ class CompositeReward(Reward):
         self.outcomes = [i for i, r in enumerate(self.rewards) if isinstance(r, OutcomeReward)]
         if mode != "sum" and (len(self.outcomes) != 1 or len(self.rewards) < 2):
             raise RewardError(f"mode='{mode}' needs exactly one OutcomeReward and at least one other reward.")
+        if mode != "sum" and any(map(_is_dense, self.rewards)):
+            raise RewardError(
+                f"aggregation='per_token' acts through the advantages, past mode='{mode}': use mode='sum', or another "
+                "aggregation."
+            )
         self.sigma_bar: float | None = None
 
     @property
@@ -121,18 +131,21 @@ class CompositeReward(Reward):
             return batch if batch.flags is not None else apply_guards([RepetitionDetector()], batch, readings)
         return apply_guards(self.guards, batch, readings)
 
-    def score(self, batch: RolloutBatch, readings: Mapping[Request, Readings]) -> Scores:
+    def score(self, batch: RolloutBatch, readings: Mapping[Request, Readings], sense: float = 1.0) -> Scores:
         """Score every part, then combine."""
-        scores = [r.score(r.guard(batch, readings), readings) for r in self.rewards]
+        scores = [
+            reward.score(batch, readings, sense * math.copysign(1.0, weight))
+            for reward, weight in zip(self.rewards, self.weights, strict=True)
+        ]
         values = torch.stack([s.values for s in scores])  # [parts, B]
         combined = {"sum": self._sum, "hero": self._hero, "gated": self._gated}[self.mode](values, batch)
         parts, metrics = {}, {}
-        for reward, weight, s in zip(self.rewards, self.weights, scores, strict=True):
-            parts[reward.__name__] = s.values
-            parts |= {f"{reward.__name__}/{name}": part for name, part in s.parts.items()}
-            metrics |= {f"{reward.__name__}/{name}": metric for name, metric in s.metrics.items()}
+        for label, weight, s in zip(_labels(self.rewards), self.weights, scores, strict=True):
+            parts[label] = s.values
+            parts |= {f"{label}/{name}": part for name, part in s.parts.items()}
+            metrics |= {f"{label}/{name}": metric for name, metric in s.metrics.items()}
             if s.dense:
-                metrics[f"{reward.__name__}/lambda"] = weight
+                metrics[f"{label}/lambda"] = weight
         dense = [
             replace(part, weight=part.weight * weight)
             for weight, s in zip(self.weights, scores, strict=True)
@@ -161,7 +174,8 @@ class CompositeReward(Reward):
 
     def _hero(self, values: Tensor, batch: RolloutBatch) -> Tensor:
         outcome = batch.grouped(values[self.outcomes[0]])  # [groups, N]
-        features = batch.grouped(self._features(values))
+        features = batch.grouped(self._features(values)).double()  # in float32, squares of 1e20 are infinite
+        features = features.masked_fill(features.isinf(), torch.nan)
         right = outcome > 0.5
         z = torch.where(right, _unit_within(features, right), _unit_within(features, ~right & ~outcome.isnan()))
         h = self.hero
@@ -171,16 +185,37 @@ class CompositeReward(Reward):
         if self.sigma_bar is None:
             self.sigma_bar = mean_sigma
         w = h.w_min + (h.w_max - h.w_min) * torch.sigmoid(h.k * (sigma - self.sigma_bar))  # eq. 4
-        self.sigma_bar = h.memory * self.sigma_bar + (1 - h.memory) * mean_sigma
-        return batch.local((w * bands).masked_fill(outcome.isnan(), torch.nan))  # eq. 5
+        if batch.training:
+            self.sigma_bar = h.memory * self.sigma_bar + (1 - h.memory) * mean_sigma
+        return batch.local((w * bands).masked_fill(outcome.isnan(), torch.nan)).float()  # eq. 5
 
     def state_dict(self) -> dict[str, Any]:
         return {"sigma_bar": self.sigma_bar, "rewards": [r.state_dict() for r in self.rewards]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if len(state["rewards"]) != len(self.rewards):
+            raise RewardError(
+                f"The checkpoint holds '{self.__name__}' with {len(state['rewards'])} rewards, but it has "
+                f"{len(self.rewards)} now: resume with the rewards that training began with."
+            )
         self.sigma_bar = state["sigma_bar"]
         for reward, saved in zip(self.rewards, state["rewards"], strict=True):
             reward.load_state_dict(saved)
+
+
+def _is_dense(reward: Reward) -> bool:
+    return getattr(reward, "aggregation", "") == "per_token" or any(map(_is_dense, getattr(reward, "rewards", ())))
+
+
+def _labels(rewards: Sequence[Reward]) -> list[str]:
+    """The rewards' names for the logs; a name's second use becomes ``name_2``."""
+    seen: Counter[str] = Counter()
+    labels = []
+    for reward in rewards:
+        seen[reward.__name__] += 1
+        count = seen[reward.__name__]
+        labels.append(reward.__name__ if count == 1 else f"{reward.__name__}_{count}")
+    return labels
 
 
 def _unit_within(features: Tensor, members: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import logging
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -74,8 +75,15 @@ class FeatureReward(Reward):
             raise ConfigError(f"reads='{reads}' is not possible: use 'policy' or 'reference'.")
         if normalize not in NORMALIZE:
             raise ConfigError(f"There is no normalisation '{normalize}'.{nearest(normalize, NORMALIZE)}")
+        if normalize != "none" and aggregation == "per_token":
+            raise ConfigError("aggregation='per_token' scales tokens within their group already: leave normalize out.")
         if normalize == "quantile" and calibration is None:
             raise ConfigError(f"'{self.__name__}' has no calibration: normalize='quantile' needs a calibrated pack.")
+        if normalize == "quantile" and calibration is not None and calibration.aggregation != aggregation:
+            raise ConfigError(
+                f"'{self.__name__}' is calibrated for aggregation '{calibration.aggregation}', not '{aggregation}': "
+                "normalize='quantile' needs the same."
+            )
         self.aggregation = aggregation
         self._aggregate = find_aggregation(aggregation)
         self.normalize: Normalize = normalize
@@ -124,11 +132,13 @@ class FeatureReward(Reward):
                 f"{pack.d_sae}), but {sae.name} reads {sae.hook_point}, {sae.d_model} x {sae.d_sae}."
             )
         named = f"{pack.sae.release}/{pack.sae.sae_id}"
-        if sae.name != named and "/" in sae.name and sae.name.split("/")[0] == pack.sae.release:
+        # An SAE in a local folder is called by its path, and taken at its word.
+        if sae.name != named and "/" in sae.name and not Path(sae.name).exists():
             raise PackError(f"{pack.name} was made for {named}, not for {sae.name}: feature ids do not carry over.")
         chosen = aggregation or pack.aggregation
-        if chosen != pack.aggregation and pack.evidence is not None:
-            logger.warning("The evidence of %s was measured with %s, not %s.", pack.name, pack.aggregation, chosen)
+        if pack.evidence is not None and chosen != pack.evidence.aggregation:
+            measured = pack.evidence.aggregation
+            logger.warning("The evidence of %s was measured with %s, not %s.", pack.name, measured, chosen)
         return cls(
             readout=sae.features([f.id for f in pack.features], name=pack.name.split("/")[-1]),
             weights=[f.weight for f in pack.features],
@@ -136,7 +146,7 @@ class FeatureReward(Reward):
             reads=reads,
             normalize=normalize,
             schedule=schedule,
-            calibration=pack.calibration if chosen == pack.aggregation else None,
+            calibration=pack.calibration,
         )
 
     @property
@@ -147,20 +157,26 @@ class FeatureReward(Reward):
         """r_t before aggregation, ``[B, T]`` float32."""
         return readings.values @ self.weights.to(readings.values.device)
 
-    def score(self, batch: RolloutBatch, readings: Mapping[Request, Readings]) -> Scores:
+    def score(self, batch: RolloutBatch, readings: Mapping[Request, Readings], sense: float = 1.0) -> Scores:
         """Aggregate, let guards lower, normalise, schedule."""
         read = readings[self.request]
         tokens = self.raw(read)
+        if not tokens[read.mask].isfinite().all():
+            raise RewardError(
+                f"'{self.__name__}' read NaN or infinite activations at {self.readout.hook_point}: the model has "
+                "diverged; go back to an earlier checkpoint and lower the learning rate."
+            )
         factor = 1.0 if self.schedule is None else self.schedule(batch.progress)
         if not math.isfinite(factor):
             raise RewardError(f"The schedule of '{self.__name__}' gave {factor} at progress {batch.progress:.3f}.")
+        sense *= math.copysign(1.0, factor)
         if self.aggregation == "per_token":
-            tokens = lowered(tokens, None if batch.trust is None else batch.trust.to(tokens.device)[:, None])
-            values = self._aggregate(tokens, read.mask).cpu()
-            per_rollout = find_aggregation("mean")(tokens, read.mask).cpu()
-            return Scores(values, [Dense(factor, tokens, read.mask)], {"raw": per_rollout})
+            raw = find_aggregation("mean")(tokens, read.mask).cpu()
+            nothing = self._aggregate(tokens, read.mask).cpu()
+            trust = None if batch.trust is None else batch.trust.to(tokens.device)[:, None]
+            return Scores(nothing, [Dense(factor, lowered(tokens, trust, sense), read.mask)], {"raw": raw})
         raw = self._aggregate(tokens, read.mask).cpu()
-        values = self._normalized(lowered(raw, batch.trust), batch)
+        values = self._normalized(lowered(raw, batch.trust, sense), batch)
         return Scores(values * factor, (), {"raw": raw})
 
     def _normalized(self, values: Tensor, batch: RolloutBatch) -> Tensor:
@@ -174,6 +190,13 @@ class FeatureReward(Reward):
         return values
 
 
-def lowered(values: Tensor, trust: Tensor | None) -> Tensor:
-    """What the guards leave of a raw feature reward: trust max(r, 0) + min(r, 0)."""
-    return values if trust is None else trust * values.clamp(min=0) + values.clamp(max=0)
+def lowered(values: Tensor, trust: Tensor | None, sense: float = 1.0) -> Tensor:
+    """What the guards leave of a raw feature reward: trust max(r, 0) + min(r, 0).
+
+    Where the reward is subtracted (``sense`` < 0, e.g. a hedging pack weighted -0.5), what a guard may take is the
+    other side: max(r, 0) + trust min(r, 0). Otherwise to be flagged would be the way out of a penalty.
+    """
+    if trust is None:
+        return values
+    gain, loss = values.clamp(min=0), values.clamp(max=0)
+    return trust * gain + loss if sense >= 0 else gain + trust * loss

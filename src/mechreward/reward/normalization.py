@@ -21,15 +21,15 @@ def nan_moments(grouped: Tensor) -> tuple[Tensor, Tensor]:
 
 def zscore_in_group(values: Tensor, batch: RolloutBatch) -> Tensor:
     """(r - mean) / (std + eps) within each group of ``num_generations``, ``[B] -> [B]``."""
-    grouped = batch.grouped(values)
+    grouped = batch.grouped(values).double()  # in float32 a constant 12345.678 would differ from its own mean
     mean, std = nan_moments(grouped)
-    return batch.local((grouped - mean) / (std + EPS))
+    return batch.local((grouped - mean) / (std + EPS)).float()
 
 
 def zscore_in_batch(values: Tensor, batch: RolloutBatch) -> Tensor:
     """(r - mean) / (std + eps) over the rollouts of all processes, ``[B] -> [B]``."""
-    mean, std = nan_moments(batch.gather(values)[None])
-    return ((values[None] - mean) / (std + EPS))[0]
+    mean, std = nan_moments(batch.gather(values).double()[None])
+    return ((values[None] - mean) / (std + EPS))[0].float()
 
 
 def dense_zscore(values: Tensor, mask: Tensor, batch: RolloutBatch) -> Tensor:

@@ -34,20 +34,24 @@ class OutcomeReward(Reward):
         super().__init__(name or getattr(verifier, "__name__", "outcome"))
         self.verifier, self.gold_column, self.options = verifier, gold_column, options
 
-    def score(self, batch: RolloutBatch, readings: Mapping[Request, Readings]) -> Scores:
+    def score(self, batch: RolloutBatch, readings: Mapping[Request, Readings], sense: float = 1.0) -> Scores:
         """Verify every completion.
 
         Raises:
             RewardError: The dataset has no gold column.
         """
-        golds = [str(gold) if gold is not None else "" for gold in batch.columns[self._gold(batch)]]
+        column = batch.columns[self._gold(batch)]
+        golds = [str(gold) if gold is not None else "" for gold in column]
         began = time.perf_counter()
         verdicts = self.verifier(batch.texts, golds, **self.options)
         spent = time.perf_counter() - began
         if len(verdicts) != len(batch):
             raise RewardError(f"'{self.__name__}' gave {len(verdicts)} verdicts for {len(batch)} completions.")
-        values = torch.tensor([torch.nan if v is None else float(v) for v in verdicts], dtype=torch.float32)
-        return Scores(values, metrics={VERIFIER_SECONDS: spent})
+        values = [
+            torch.nan if verdict is None or gold is None else float(verdict)
+            for verdict, gold in zip(verdicts, column, strict=True)
+        ]
+        return Scores(torch.tensor(values, dtype=torch.float32), metrics={VERIFIER_SECONDS: spent})
 
     def _gold(self, batch: RolloutBatch) -> str:
         wanted = GOLD_COLUMNS if self.gold_column is None else (self.gold_column,)
@@ -57,6 +61,6 @@ class OutcomeReward(Reward):
         there = ", ".join(batch.columns) or "none"
         hint = nearest(wanted[0], batch.columns)
         raise RewardError(
-            f"'{self.__name__}' finds no gold answers: it looked for the dataset columns {', '.join(wanted)}, and there "
-            f"are: {there}. Name the right one with OutcomeReward(gold_column=...).{hint}"
+            f"'{self.__name__}' finds no gold answers: it looked for the dataset columns {', '.join(wanted)}, and "
+            f"there are: {there}. Name the right one with OutcomeReward(gold_column=...).{hint}"
         )

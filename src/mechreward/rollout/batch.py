@@ -42,6 +42,7 @@ class RolloutBatch:
         num_generations: Rollouts per prompt (group size).
         eos_token_ids: Tokens that end a completion.
         tool_mask: For multi-turn rollouts, 1 where the model wrote the token and 0 where a tool did.
+        training: False in evaluation, which must not move running statistics.
         progress: Share of the training steps that are done, 0 to 1.
         gather: Brings the rows of all processes together, ``[B, ...] -> [B x processes, ...]``: groups may span
             processes, and TRL gathers only after the reward functions.
@@ -59,6 +60,7 @@ class RolloutBatch:
     num_generations: int = 1
     eos_token_ids: frozenset[int] = frozenset()
     tool_mask: Sequence[Sequence[int]] | None = None
+    training: bool = True
     progress: float = 0.0
     gather: Callable[[Tensor], Tensor] = lambda rows: rows
     process_index: int = 0

@@ -127,6 +127,7 @@ def describe(
         num_generations=trainer.num_generations if training else trainer.num_generations_eval,
         eos_token_ids=frozenset(trainer.eos_token_ids),
         tool_mask=tool_mask,
+        training=training,
         progress=min(1.0, state.global_step / state.max_steps) if state.max_steps else 0.0,
         gather=lambda rows: trainer.accelerator.gather(rows.to(trainer.accelerator.device)).to(rows.device),
         process_index=trainer.accelerator.process_index,
