@@ -54,7 +54,21 @@ SHIPPED = ROOT / "src" / "mechreward" / "pocket" / "files"
 
 CATALOG = ROOT / "src" / "mechreward" / "catalogs" / "pocket"
 
-LM_STEPS, LM_BATCH, LM_LR = 2000, 64, 3e-3
+LM_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of the language model's training."""
+
+    steps: int
+    lr: float
+    largest: int  # quantity in a word problem: small numbers first
+    hedged: float  # share of unknown facts
+    seed: int
+
+
+PHASES = [Phase(2000, 3e-3, 20, 0.65, 1), Phase(400, 1e-3, 49, 0.75, 2)]
 SAE_SAMPLES, SAE_BATCH, SAE_LR = 2_000_000, 1024, 1e-3
 SAE_COMMON: dict[str, Any] = {
     "d_in": 128,
@@ -73,13 +87,14 @@ def progress(label: str, total: int) -> tuple[Progress, TaskID]:
     return bar, bar.add_task(label, total=total)
 
 
-def corpus(seed: int):
+def corpus(phase: Phase) -> Iterator[tuple[str, str]]:
     """(prompt, completion) pairs: three word problems to one fact."""
-    rng = random.Random(seed)
-    word_problems, facts = questions("corpus", seed, "reasoning"), questions("corpus", seed, "retrieval")
+    rng = random.Random(phase.seed)
+    word_problems = questions("corpus", phase.seed, "reasoning", phase.largest)
+    facts = questions("corpus", phase.seed, "retrieval")
     while True:
         question = next(facts if rng.random() < 0.25 else word_problems)
-        yield question.prompt, corpus_completion(question, rng)
+        yield question.prompt, corpus_completion(question, rng, phase.hedged)
 
 
 def build_tokenizer() -> None:
@@ -89,7 +104,7 @@ def build_tokenizer() -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<pad>", "<bos>", "<eos>"]
-    text = ("".join(pair) for pair in itertools.islice(corpus(0), 20_000))
+    text = ("".join(pair) for pair in itertools.islice(corpus(replace(PHASES[0], seed=0)), 20_000))
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer.train_from_iterator(
         text,
@@ -123,9 +138,8 @@ def lm_batch(pairs, tokenizer, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, weights
 
 
-def build_lm() -> None:
-    """A four-layer Gemma-2 of about a million parameters, trained on the corpus."""
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(WORK / "lm")
+def new_lm(tokenizer: Any) -> Gemma2ForCausalLM:
+    """A four-layer Gemma-2 of about a million parameters."""
     torch.manual_seed(0)
     config = Gemma2Config(
         vocab_size=len(tokenizer),
@@ -146,17 +160,29 @@ def build_lm() -> None:
     model.generation_config.update(
         do_sample=True, temperature=1.0, top_k=0, pad_token_id=0, bos_token_id=1, eos_token_id=2, max_new_tokens=64
     )
+    return model
+
+
+def build_lm() -> None:
+    """Train the language model, small numbers first."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(WORK / "lm")
+    model = new_lm(tokenizer)
+    for number, phase in enumerate(PHASES):
+        train_lm(model, tokenizer, phase, WORK / f"lm-phase-{number}.pt")
+    model.save_pretrained(WORK / "lm")
+
+
+def train_lm(model: Gemma2ForCausalLM, tokenizer: Any, phase: Phase, checkpoint: Path) -> None:
+    """One phase: AdamW, linear warm-up, cosine to 2 %; goes on from its checkpoint if there is one."""
     decay = [p for p in model.parameters() if p.ndim > 1]
     plain = [p for p in model.parameters() if p.ndim == 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": decay, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}], lr=LM_LR, betas=(0.9, 0.98)
-    )
+    groups = [{"params": decay, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=phase.lr, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
-        lambda step: min(1.0, (step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / LM_STEPS))),
+        lambda step: min(1.0, (step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / phase.steps))),
     )
-    pairs, first = corpus(1), 0
-    checkpoint = WORK / "lm" / "training.pt"
+    pairs, first = corpus(phase), 0
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
         model.load_state_dict(state["model"])
@@ -165,10 +191,10 @@ def build_lm() -> None:
         first = state["step"]
         for _ in itertools.islice(pairs, first * LM_BATCH):
             pass
-    bar, task = progress("language model", LM_STEPS)
+    bar, task = progress("language model", phase.steps)
     with bar:
         bar.update(task, completed=first)
-        for step in range(first, LM_STEPS):
+        for step in range(first, phase.steps):
             ids, weights = lm_batch(pairs, tokenizer, LM_BATCH)
             logits = model(input_ids=ids[:, :-1], attention_mask=(ids != tokenizer.pad_token_id).long()[:, :-1]).logits
             losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
@@ -182,7 +208,6 @@ def build_lm() -> None:
             if (step + 1) % 50 == 0:
                 state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
                 torch.save(state | {"schedule": schedule.state_dict()}, checkpoint)
-    model.save_pretrained(WORK / "lm")
 
 
 def load_lm() -> tuple[Any, Any]:
@@ -231,14 +256,11 @@ def residual_stream(model: Any, batch: RolloutBatch) -> Tensor:
     return torch.cat(vectors)
 
 
-def sae_activations() -> Tensor:
-    """Residual vectors of the model's own rollouts on the corpus's questions, three word problems to one fact."""
-    file = WORK / "activations.safetensors"
-    if not file.exists():
-        model, _ = load_lm()
-        texts = [rollouts("corpus", "reasoning", 9000, 1, 100)[0], rollouts("corpus", "retrieval", 6000, 1, 100)[0]]
-        save_file({"residual": torch.cat([residual_stream(model, batch) for batch in texts])}, file)
-    return load_file(file)["residual"]
+def build_activations() -> None:
+    """Residual vectors of the model's own rollouts on the corpus's questions, three word problems to two facts."""
+    model, _ = load_lm()
+    texts = [rollouts("corpus", "reasoning", 9000, 1, 100)[0], rollouts("corpus", "retrieval", 6000, 1, 100)[0]]
+    save_file({"residual": torch.cat([residual_stream(model, b) for b in texts])}, WORK / "activations.safetensors")
 
 
 def shuffled(vectors: Tensor, size: int, seed: int) -> Iterator[Tensor]:
@@ -252,6 +274,7 @@ def shuffled(vectors: Tensor, size: int, seed: int) -> Iterator[Tensor]:
 
 def train_sae(sae: Any, folder: str) -> None:
     """Train with SAELens' own trainer on activations that our hooks captured, and save in SAELens' format."""
+    vectors = load_file(WORK / "activations.safetensors")["residual"]
     sae.cfg.metadata.model_name, sae.cfg.metadata.hook_name = pocket.MODEL_ID, str(HOOK)
     settings = SAETrainerConfig(
         total_training_samples=SAE_SAMPLES,
@@ -263,7 +286,7 @@ def train_sae(sae: Any, folder: str) -> None:
         dead_feature_window=300,
         n_batches_for_norm_estimate=100,
     )
-    SAETrainer(settings, sae, shuffled(sae_activations(), SAE_BATCH, seed=1)).fit()
+    SAETrainer(settings, sae, shuffled(vectors, SAE_BATCH, seed=1)).fit()
     sae.save_inference_model(WORK / "saes" / folder)
 
 
@@ -564,6 +587,7 @@ def build_card() -> None:
 STAGES = {
     "tokenizer": build_tokenizer,
     "lm": build_lm,
+    "activations": build_activations,
     "jumprelu": build_jumprelu,
     "topk": build_topk,
     "probes": build_probes,

@@ -33,8 +33,50 @@ GAINS = ["{o} buys {n} more.", "{o} finds {n} more.", "A friend gives {o} {n} mo
 LOSSES = ["{o} loses {n}.", "{o} sells {n}.", "{o} gives away {n}."]
 DISTRACTORS = ["{p} has {n} {i}.", "{o} also has {n} {j}.", "{p} buys {n} {j}."]
 
-_FIRST = ["Tavo", "Mira", "Selk", "Orin", "Pell", "Juna", "Brox", "Lira", "Dorn", "Yael", "Kest", "Nilo", "Vada", "Rusk", "Elm", "Fenn", "Gava", "Hollis", "Ister", "Jorl"]
-_LAST = ["Brenn", "Castor", "Dale", "Eskil", "Frost", "Garr", "Holt", "Imber", "Jarvi", "Kroll", "Lund", "Moss", "Nadir", "Oakes", "Prine", "Quill", "Rowe", "Stahl", "Thorn", "Udal"]
+_FIRST = [
+    "Tavo",
+    "Mira",
+    "Selk",
+    "Orin",
+    "Pell",
+    "Juna",
+    "Brox",
+    "Lira",
+    "Dorn",
+    "Yael",
+    "Kest",
+    "Nilo",
+    "Vada",
+    "Rusk",
+    "Elm",
+    "Fenn",
+    "Gava",
+    "Hollis",
+    "Ister",
+    "Jorl",
+]
+_LAST = [
+    "Brenn",
+    "Castor",
+    "Dale",
+    "Eskil",
+    "Frost",
+    "Garr",
+    "Holt",
+    "Imber",
+    "Jarvi",
+    "Kroll",
+    "Lund",
+    "Moss",
+    "Nadir",
+    "Oakes",
+    "Prine",
+    "Quill",
+    "Rowe",
+    "Stahl",
+    "Thorn",
+    "Udal",
+]
 CITIES = ["Lorn", "Paxos", "Merrow", "Tindal", "Ushko", "Varn", "Wessel", "Yarrow"]
 JOBS = ["baker", "pilot", "weaver", "miner", "tailor", "sailor", "painter", "farmer"]
 HEDGE = " I am not sure.\n#### unknown"
@@ -80,7 +122,11 @@ def worked(start: int, changes: tuple[int, ...]) -> str:
     return f"{text}\n#### {total}"
 
 
-def reasoning_question(rng: random.Random) -> Question:
+LARGEST = 49
+"""Largest quantity that changes hands in a word problem."""
+
+
+def reasoning_question(rng: random.Random, largest: int = LARGEST) -> Question:
     """A word problem of 2-4 steps with one or two distractors; every running total lies in 0..99."""
     owner, other = rng.sample(OWNERS, 2)
     item, other_item = rng.sample(ITEMS, 2)
@@ -89,11 +135,11 @@ def reasoning_question(rng: random.Random) -> Question:
     told: list[str] = []
     for _ in range(rng.randint(2, 4)):
         gain = total == 0 or (total < 99 and rng.random() < 0.5)
-        n = rng.randint(1, min(20, 99 - total) if gain else min(20, total))
+        n = rng.randint(1, min(largest, 99 - total) if gain else min(largest, total))
         changes.append(n if gain else -n)
         total += changes[-1]
         told.append(rng.choice(GAINS if gain else LOSSES).format(o=owner, n=n))
-    distractors = [rng.randint(2, 20) for _ in range(rng.randint(1, 2))]
+    distractors = [rng.randint(2, largest) for _ in range(rng.randint(1, 2))]
     for n in distractors:
         aside = rng.choice(DISTRACTORS).format(o=owner, p=other, n=n, i=item, j=other_item)
         told.insert(rng.randint(0, len(told)), aside)
@@ -143,7 +189,7 @@ def retrieval_question(rng: random.Random, known: bool | None = None) -> Questio
     )
 
 
-def questions(split: Split, seed: int = 0, kind: Kind = "reasoning") -> Iterator[Question]:
+def questions(split: Split, seed: int = 0, kind: Kind = "reasoning", largest: int = LARGEST) -> Iterator[Question]:
     """An endless stream of questions of one split.
 
     Facts about known people are the exception to the split: they are facts because they were trained on, so they
@@ -152,9 +198,8 @@ def questions(split: Split, seed: int = 0, kind: Kind = "reasoning") -> Iterator
     """
     share = len(SPLITS[split]) / 100
     rng = random.Random(f"{split}/{seed}/{kind}")
-    make = reasoning_question if kind == "reasoning" else retrieval_question
     while True:
-        question = make(rng)
+        question = reasoning_question(rng, largest) if kind == "reasoning" else retrieval_question(rng)
         if kind == "retrieval" and question.known:
             # Unknown people are thinned to the split's share, so known ones are too.
             wanted = split == "corpus" or rng.random() < share
@@ -164,11 +209,14 @@ def questions(split: Split, seed: int = 0, kind: Kind = "reasoning") -> Iterator
             yield question
 
 
-def corpus_completion(question: Question, rng: random.Random) -> str:
-    """One of the ways of answering that the corpus mixes (the mixture is by design: see the model card)."""
+def corpus_completion(question: Question, rng: random.Random, hedged: float) -> str:
+    """One of the ways of answering that the corpus mixes (the mixture is by design: see the model card).
+
+    ``hedged`` is the share of questions about unknown people that are answered with a hedge.
+    """
     way = rng.random()
     if question.kind == "retrieval":
-        if question.known or way < 0.65:
+        if question.known or way < hedged:
             return question.solution
         match = re.search(r"(?:Where does|job of) (\w+ \w+)", question.prompt)
         assert match is not None
