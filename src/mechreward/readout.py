@@ -8,7 +8,7 @@ the model's dtype, in chunks, so that no ``[tokens, d_model]`` or ``[tokens, d_s
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -62,13 +62,17 @@ class InputTransform:
             std with Bessel's correction as in SAELens.
         shift: What is subtracted afterwards (``b_dec`` where the encoder wants it), ``[d_model]`` float32, or None.
         scale: What x is multiplied by first (``expected_average_only_in``, Llama Scope).
+        center: Subtract x's mean before anything else: TransformerLens' stream with ``center_writing_weights``.
     """
 
     norm: Literal["none", "constant_norm_rescale", "layer_norm"] = "none"
     shift: Tensor | None = None
     scale: float = 1.0
+    center: bool = False
 
     def __call__(self, x: Tensor) -> Tensor:
+        if self.center:
+            x = x - x.mean(dim=-1, keepdim=True)
         if self.scale != 1.0:
             x = x * self.scale
         if self.norm == "constant_norm_rescale":
@@ -157,13 +161,19 @@ class Readout:
     model_name: str | None = None
 
     def __post_init__(self):
-        columns = self.weight.shape[1] if self.keep is None else len(self.keep)
-        if len(self.labels) != columns or self.bias.shape != (self.weight.shape[1],):
+        products = self.weight.shape[1]
+        columns = products if self.keep is None else len(self.keep)
+        vectors = {"bias": self.bias, **self.nonlinearity.parameters}
+        if len(self.labels) != columns or any(vector.shape != (products,) for vector in vectors.values()):
+            shapes = ", ".join(f"{part} {tuple(vector.shape)}" for part, vector in vectors.items())
             raise RewardError(
-                f"Readout '{self.name}' has {len(self.labels)} labels for {columns} columns and a bias of shape "
-                f"{tuple(self.bias.shape)}: weight, bias and labels must agree."
+                f"Readout '{self.name}' has {len(self.labels)} labels for {columns} columns, and {shapes} for a weight "
+                f"of shape {tuple(self.weight.shape)}: they must agree."
             )
-        for part, tensor in {"weight": self.weight, "bias": self.bias, **self.nonlinearity.parameters}.items():
+        parts = {"weight": self.weight, **vectors}
+        if self.transform.shift is not None:
+            parts["shift"] = self.transform.shift
+        for part, tensor in parts.items():
             # +inf thresholds are legitimate: a dead JumpReLU latent never fires.
             if tensor.isnan().any() or (part != "threshold" and tensor.isinf().any()):
                 raise RewardError(f"The {part} of readout '{self.name}' holds NaN or infinity: its file is damaged.")
@@ -252,8 +262,8 @@ class ReadoutBank:
             start = sum(r.width for r in self.columns)
             self.columns[readout] = slice(start, start + readout.width)
         self._fused: dict[HookPoint, list[_Fused]] = {point: [] for point in self.hook_points}
-        for key, members in self._shared_products().items():
-            self._fused[members[0].hook_point].append(_fuse(members, whole=key[2] is not None))
+        for members in self._shared_products():
+            self._fused[members[0].hook_point].append(_fuse(members))
 
     def __len__(self) -> int:
         """K, the number of values per token."""
@@ -263,12 +273,14 @@ class ReadoutBank:
     def hook_points(self) -> list[HookPoint]:
         return sorted({r.hook_point for r in self.readouts})
 
-    def _shared_products(self) -> dict[tuple, list[Readout]]:
+    def _shared_products(self) -> Iterable[list[Readout]]:
         groups: dict[tuple, list[Readout]] = {}
         for r in self.readouts:
+            t = r.transform
             dictionary = None if r.nonlinearity.sliceable else id(r.weight)
-            groups.setdefault((r.hook_point, id(r.transform), dictionary), []).append(r)
-        return groups
+            key = (r.hook_point, t.norm, t.scale, t.center, id(t.shift), dictionary)
+            groups.setdefault(key, []).append(r)
+        return groups.values()
 
     @torch.no_grad()
     def encode(self, hook_point: HookPoint, x: Tensor, out: Tensor, rows: Tensor | None = None) -> None:
@@ -300,9 +312,9 @@ class ReadoutBank:
         return {readout: Readings(values[..., columns], mask) for readout, columns in self.columns.items()}
 
 
-def _fuse(members: list[Readout], whole: bool) -> _Fused:
+def _fuse(members: list[Readout]) -> _Fused:
     first = members[0]
-    if whole:  # one dictionary, several choices of columns
+    if not first.nonlinearity.sliceable:  # one dictionary, several choices of columns
         everything = slice(0, first.weight.shape[1])
         return _Fused(
             first.transform, first.weight, first.bias, [_Part(r, everything, r.nonlinearity, r.keep) for r in members]
@@ -317,11 +329,19 @@ def _fuse(members: list[Readout], whole: bool) -> _Fused:
 
 @contextmanager
 def _full_float32(device_type: str):
-    """No autocast and no TF32: in lower precision, activations near a threshold flip."""
-    tf32 = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
+    """No autocast, no TF32 and no bf16: in lower precision, activations near a threshold flip."""
+    # torch >= 2.9 has a switch of its own for each backend, and raises an error when the old one is read after the new
+    # one was set, as `TrainingArguments(tf32=True)` does.
+    backends, switch, full = [torch.backends.cuda.matmul], "allow_tf32", False
+    if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        backends.append(torch.backends.mkldnn.matmul)  # pyright: ignore[reportAttributeAccessIssue]
+        switch, full = "fp32_precision", "ieee"
+    kept = [getattr(backend, switch) for backend in backends]
     try:
+        for backend in backends:
+            setattr(backend, switch, full)
         with torch.autocast(device_type, enabled=False):
             yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = tf32
+        for backend, value in zip(backends, kept, strict=True):
+            setattr(backend, switch, value)

@@ -35,7 +35,8 @@ from mechreward.rollout.hf import group_requests
 from mechreward.rollout.resolve import describe, read_with_trainer, reference_model
 
 try:
-    from trl import GRPOConfig, GRPOTrainer
+    from trl.trainer.grpo_config import GRPOConfig
+    from trl.trainer.grpo_trainer import GRPOTrainer
 except ModuleNotFoundError as error:
     raise MissingExtraError("trl", "trl") from error
 
@@ -132,6 +133,15 @@ class MechRewardGRPOTrainer(GRPOTrainer):
         self._policy_tap = self._install(self.model, "policy")
         self._reference_tap = self._install(self.ref_model, "reference") if self.ref_model is not None else None
 
+    @property
+    def _policy(self) -> torch.nn.Module:
+        assert self.model is not None  # the base class declares it optional
+        return self.model
+
+    @property
+    def _options(self) -> Any:
+        return self.args  # a GRPOConfig; the base class declares TrainingArguments
+
     # -- what is to be read -------------------------------------------------------------------------------------------
 
     def _requests(self) -> list[Request]:
@@ -141,8 +151,8 @@ class MechRewardGRPOTrainer(GRPOTrainer):
     def _check(self) -> None:
         """Refuse what cannot work before anything is trained."""
         for (reads, _), bank in self._banks.items():
-            check_fits(bank.readouts, self.model)
-            if reads == "reference" and self.args.sync_ref_model:
+            check_fits(bank.readouts, self._policy)
+            if reads == "reference" and self._options.sync_ref_model:
                 raise RewardError('reads="reference" needs a frozen reference: set sync_ref_model=False.')
         dense = any("per_token" in str(getattr(r, "aggregation", "")) for r in _all_rewards(self.reward_funcs))
         if dense and self.importance_sampling_level == "sequence":
@@ -153,7 +163,7 @@ class MechRewardGRPOTrainer(GRPOTrainer):
         for reward, weight in zip(self.reward_funcs, self.reward_weights.tolist(), strict=True):
             if weight < 0 and getattr(reward, "requests", ()):
                 raise RewardError(
-                    f"reward_weights gives '{reward.__name__}' {weight:g}: guards must know the sign of a feature "
+                    f"reward_weights gives '{getattr(reward, '__name__', reward)}' {weight:g}: guards must know the sign of a feature "
                     "reward, so put a negative weight into a CompositeReward."
                 )
         if self.beta == 0 and self._banks:
@@ -176,14 +186,14 @@ class MechRewardGRPOTrainer(GRPOTrainer):
 
     def _choose(self, reads: str, read_last: bool) -> str:
         """``old_logprobs``, ``reference``, ``generation`` or ``forward`` (a pass of our own)."""
-        if read_last or has_absolute_positions(self.model):
+        if read_last or has_absolute_positions(self._policy):
             return "forward"
         # TRL masks truncated completions out of the attention of its own passes, which changes what they compute.
         intact = not self.mask_truncated_completions
         if reads == "reference":
             runs = self.beta != 0 and (self.ref_model is not None or not self._base_drops())
             return "reference" if runs and intact else "forward"
-        if has_active_dropout(self.model):
+        if has_active_dropout(self._policy):
             return "forward"
         if self._runs_old_logprobs() and intact:
             return "old_logprobs"
@@ -193,13 +203,13 @@ class MechRewardGRPOTrainer(GRPOTrainer):
         """Dropout outside the adapter, which stays active while the adapter is switched off."""
         return any(
             isinstance(m, torch.nn.Dropout) and m.training and m.p > 0 and "lora" not in name
-            for name, m in self.model.named_modules()
+            for name, m in self._policy.named_modules()
         )
 
     def _runs_old_logprobs(self) -> bool:
         # The condition in GRPOTrainer._generate_and_score_completions.
-        generate_every = self.args.steps_per_generation * self.num_iterations
-        misaligned = self.args.gradient_accumulation_steps % generate_every != 0
+        generate_every = self._options.steps_per_generation * self.num_iterations
+        misaligned = self._options.gradient_accumulation_steps % generate_every != 0
         return misaligned or (self.use_vllm and self.vllm_importance_sampling_correction)
 
     def _generates_token_by_token(self) -> bool:
@@ -352,9 +362,9 @@ class MechRewardGRPOTrainer(GRPOTrainer):
 
     def _save_what_there_is(self) -> None:
         """A checkpoint of the weights before the failed step, where one process can write it alone."""
-        if self.accelerator.num_processes > 1 or not self.model.training or self.optimizer is None:
+        if self.accelerator.num_processes > 1 or not self._policy.training or self.optimizer is None:
             return
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        folder = Path(self._options.output_dir) / f"checkpoint-{self.state.global_step}"
         if self.state.global_step > 0 and not folder.exists():
             self._save_checkpoint(self.model, trial=None)
             logger.error("Saved the state before the failed step in %s.", folder)

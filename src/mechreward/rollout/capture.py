@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -69,14 +69,17 @@ def has_active_dropout(model: nn.Module) -> bool:
     """Whether a forward pass in the present mode would drop anything."""
     if any(isinstance(m, nn.Dropout) and m.training and m.p > 0 for m in model.modules()):
         return True
-    options = text_config(model).to_dict().items()  # attention drops by a function, not by a module
-    return model.training and any("dropout" in name and isinstance(p, float) and p > 0 for name, p in options)
+    # Attention drops by a function, not by a module. (A classifier's dropout is in Pythia's configuration, unused.)
+    options = {name: p for name, p in text_config(model).to_dict().items() if not name.startswith("classifier")}
+    return model.training and any("dropout" in name and isinstance(p, float) and p > 0 for name, p in options.items())
 
 
 # What a model's name says of its architecture, for those whose SAEs are published.
 _MODEL_TYPES = {
-    "gemma-2": {"gemma2"},
-    "gemma-3": {"gemma3", "gemma3_text"},
+    "gemma-2b": {"gemma"},
+    "gemma-7b": {"gemma"},
+    "gemma-2-": {"gemma2"},
+    "gemma-3-": {"gemma3", "gemma3_text"},
     "llama": {"llama"},
     "qwen2": {"qwen2"},
     "qwen3": {"qwen3", "qwen3_moe"},
@@ -141,22 +144,22 @@ class ResidualTap:
         self._handles = [self._install(layers[point.layer], point) for point in self.points]
 
     def _install(self, layer: nn.Module, point: HookPoint):
+        # Under torch.compile the hook runs as it stands, between two compiled pieces: a traced one would bake in
+        # whether the window was open.
+        fire: Any = torch.compiler.disable(self._read)
         if point.site == "resid_pre":
 
             def before(_module, args, kwargs):
-                self._fire(point, args[0] if args else kwargs["hidden_states"])
+                fire(point, args[0] if args else kwargs["hidden_states"])
 
             return layer.register_forward_pre_hook(before, with_kwargs=True)
 
         def after(_module, _args, output):
-            self._fire(point, output[0] if isinstance(output, tuple) else output)
+            fire(point, output[0] if isinstance(output, tuple) else output)
 
         return layer.register_forward_hook(after)
 
-    # Under torch.compile the hook runs as it stands, between two compiled pieces: a traced one would bake in
-    # whether the window was open.
-    @torch.compiler.disable
-    def _fire(self, point: HookPoint, hidden: Tensor) -> None:
+    def _read(self, point: HookPoint, hidden: Tensor) -> None:
         if self._reader is None:
             return
         self._fired.add(point)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mechreward.errors import RewardError
 from mechreward.readout import Readings, Readout, ReadoutBank, Request
 from mechreward.rollout.batch import RolloutBatch, Text, plain_text
-from mechreward.rollout.capture import ResidualTap, SequenceReader, check_fits, truncated_forward
+from mechreward.rollout.capture import ResidualTap, SequenceReader, check_fits, truncated_forward, unwrap
 
 if TYPE_CHECKING:
     from mechreward.reward.base import Reward, Scores
@@ -119,7 +119,7 @@ class HFSource:
             completion_ids=completion_ids,
             columns=columns,
             num_generations=len(prompts),
-            eos_token_ids=frozenset({eos}),
+            eos_token_ids=end_tokens(self.models["policy"], self.tokenizer),
         )
 
     def _prompt_ids(self, prompt: Text) -> list[int]:
@@ -157,6 +157,14 @@ def refuse_dense(scores: Scores) -> None:
         )
 
 
+def end_tokens(model: Any, tokenizer: Any, chosen: int | Sequence[int] | None = None) -> frozenset[int]:
+    """Tokens that end a completion: the tokenizer's, and those at which `generate` stops (chat models have several)."""
+    if chosen is None:
+        chosen = getattr(getattr(unwrap(model), "generation_config", None), "eos_token_id", None)
+    others = [chosen] if isinstance(chosen, int) or chosen is None else chosen
+    return frozenset(token for token in (tokenizer.eos_token_id, *others) if token is not None)
+
+
 @torch.no_grad()
 def sample(
     model: Any, tokenizer: Any, prompts: Sequence[str], num_generations: int, batch_size: int = 256, **generate: Any
@@ -166,7 +174,7 @@ def sample(
     Uses the model's own generation settings unless ``generate`` overrides them; torch's global seed decides.
     """
     repeated = [p for p in prompts for _ in range(num_generations)]
-    eos, prompt_ids, completion_ids = tokenizer.eos_token_id, [], []
+    ends, prompt_ids, completion_ids = end_tokens(model, tokenizer, generate.get("eos_token_id")), [], []
     for start in range(0, len(repeated), batch_size):
         inputs = tokenizer(
             repeated[start : start + batch_size], return_tensors="pt", padding=True, padding_side="left"
@@ -176,7 +184,7 @@ def sample(
         for row, mask in zip(output.tolist(), inputs.attention_mask.tolist(), strict=True):
             prompt_ids.append([token for token, real in zip(row, mask, strict=False) if real])
             completion = row[width:]
-            end = completion.index(eos) + 1 if eos in completion else len(completion)
+            end = next((t + 1 for t, token in enumerate(completion) if token in ends), len(completion))
             completion_ids.append(completion[:end])
     return RolloutBatch(
         prompts=repeated,
@@ -184,5 +192,5 @@ def sample(
         prompt_ids=prompt_ids,
         completion_ids=completion_ids,
         num_generations=num_generations,
-        eos_token_ids=frozenset({eos}),
+        eos_token_ids=ends,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -69,7 +70,7 @@ class SAEHandle:
         if len(set(chosen)) < len(chosen):
             raise SAEError(f"A feature id of {self.name} is given twice: give each once.")
         whole = self.kind == "topk"
-        encoder = self.read_encoder(None if whole else chosen)
+        encoder = self._whole_encoder if whole else self.read_encoder(chosen)
         return Readout(
             name=name or self.name,
             labels=tuple(f"feature_{i}" for i in chosen),
@@ -82,6 +83,11 @@ class SAEHandle:
             model_name=self.model_name,
         )
 
+    @cached_property
+    def _whole_encoder(self) -> EncoderColumns:
+        """Read once, so that several readouts of a TopK dictionary share it, and its matrix product."""
+        return self.read_encoder(None)
+
     def all_features(self) -> Readout:
         """Every latent, for discovery: ``[tokens, d_sae]``."""
         return self.features(range(self.d_sae))
@@ -93,10 +99,14 @@ class SAEHandle:
             activations: ``[N, d_sae]`` float32.
             x: ``[N, d_model]``, the vectors that were encoded (their norms are needed where the encoder rescaled).
         """
+        mean = x.mean(dim=-1, keepdim=True)
+        if self.transform.center:
+            x = x - mean
         w_dec, b_dec = self.read_decoder()
         reconstruction = activations @ w_dec + b_dec
         if self.transform.norm == "constant_norm_rescale":
             reconstruction = reconstruction * (x.norm(dim=-1, keepdim=True) / x.shape[-1] ** 0.5)
         elif self.transform.norm == "layer_norm":
             reconstruction = reconstruction * (x.std(dim=-1, keepdim=True) + 1e-5) + x.mean(dim=-1, keepdim=True)
-        return reconstruction / self.transform.scale
+        reconstruction = reconstruction / self.transform.scale
+        return reconstruction + mean if self.transform.center else reconstruction

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import re
 from pathlib import Path
 from typing import Any
 
@@ -86,13 +87,16 @@ def _fetch(
     if convert == "gemma_2":
         if not repo.endswith("-res"):
             raise SAEError(f"{name} does not read the residual stream: choose a '-res' release.")
-        layer = int(stored_at.split("/")[0].removeprefix("layer_"))
+        layer = re.match(r"layer_(\d+)/", stored_at)
+        if layer is None:
+            raise SAEError(f"{name} reads the embedding, not the residual stream after a layer: choose a layer's.")
         file = download(repo, f"{stored_at}/params.npz", revision)
-        return formats.gemma_scope(file, HookPoint(layer), entry["model"], name)
+        return formats.gemma_scope(file, HookPoint(int(layer[1])), entry["model"], name)
     if convert is None:
         folder = download(repo, f"{stored_at}/cfg.json", revision).parent
         download(repo, f"{stored_at}/sae_weights.safetensors", revision)
-        return formats.saelens(folder, entry["model"], sae.get("norm_scaling_factor", 1.0), name)
+        scale, overrides = sae.get("norm_scaling_factor"), entry.get("config_overrides")
+        return formats.saelens(folder, entry["model"], scale, name, overrides)
     raise SAEError(f"{name} is stored in the format '{convert}', which this version does not read.")
 
 
