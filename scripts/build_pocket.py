@@ -73,7 +73,6 @@ SAE_SAMPLES, SAE_BATCH, SAE_LR = 2_000_000, 1024, 1e-3
 SAE_COMMON: dict[str, Any] = {
     "d_in": 128,
     "d_sae": 2048,
-    "k": 24,
     "normalize_activations": "expected_average_only_in",
     "apply_b_dec_to_input": True,
 }
@@ -272,7 +271,7 @@ def shuffled(vectors: Tensor, size: int, seed: int) -> Iterator[Tensor]:
                 yield vectors[index]
 
 
-def train_sae(sae: Any, folder: str) -> None:
+def train_sae(sae: Any, folder: str, dead_window: int) -> None:
     """Train with SAELens' own trainer on activations that our hooks captured, and save in SAELens' format."""
     vectors = load_file(WORK / "activations.safetensors")["residual"]
     sae.cfg.metadata.model_name, sae.cfg.metadata.hook_name = pocket.MODEL_ID, str(HOOK)
@@ -283,7 +282,7 @@ def train_sae(sae: Any, folder: str) -> None:
         lr_end=SAE_LR / 10,
         lr_warm_up_steps=100,
         lr_decay_steps=SAE_SAMPLES // SAE_BATCH // 3,
-        dead_feature_window=300,
+        dead_feature_window=dead_window,
         n_batches_for_norm_estimate=100,
     )
     SAETrainer(settings, sae, shuffled(vectors, SAE_BATCH, seed=1)).fit()
@@ -293,12 +292,12 @@ def train_sae(sae: Any, folder: str) -> None:
 def build_jumprelu() -> None:
     """SAELens' BatchTopK, whose auxiliary loss keeps latents alive, saved as the JumpReLU that it becomes."""
     torch.manual_seed(0)
-    train_sae(BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(**SAE_COMMON)), "jumprelu")
+    train_sae(BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(**SAE_COMMON, k=24)), "jumprelu", dead_window=300)
 
 
 def build_topk() -> None:
     torch.manual_seed(0)
-    train_sae(TopKTrainingSAE(TopKTrainingSAEConfig(**SAE_COMMON)), "topk")
+    train_sae(TopKTrainingSAE(TopKTrainingSAEConfig(**SAE_COMMON, k=32)), "topk", dead_window=30)
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ passed every test of the gate (:mod:`mechreward.features.gate`) can carry the st
 names no features yet is a ``"candidate"`` with a recipe for finding them.
 """
 
+import itertools
 import json
 import re
 from collections.abc import Iterable
@@ -152,7 +153,7 @@ class Calibration(_Strict):
     @field_validator("quantiles")
     @classmethod
     def _non_decreasing(cls, quantiles: list[float]) -> list[float]:
-        if any(high < low for low, high in zip(quantiles, quantiles[1:], strict=False)):
+        if any(high < low for low, high in itertools.pairwise(quantiles)):
             raise ValueError("should not decrease from one quantile to the next")
         return quantiles
 

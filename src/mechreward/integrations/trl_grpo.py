@@ -160,11 +160,11 @@ class MechRewardGRPOTrainer(GRPOTrainer):
                 'aggregation="per_token" gives each token its own advantage, which '
                 'importance_sampling_level="sequence" cannot use: choose "token".'
             )
-        for reward, weight in zip(self.reward_funcs, self.reward_weights.tolist(), strict=True):
+        for name, reward, weight in zip(self.reward_func_names, self.reward_funcs, self.reward_weights, strict=True):
             if weight < 0 and getattr(reward, "requests", ()):
                 raise RewardError(
-                    f"reward_weights gives '{getattr(reward, '__name__', reward)}' {weight:g}: guards must know the sign of a feature "
-                    "reward, so put a negative weight into a CompositeReward."
+                    f"reward_weights gives '{name}' {weight:g}: guards must know the sign of a feature reward, so put "
+                    "a negative weight into a CompositeReward."
                 )
         if self.beta == 0 and self._banks:
             logger.warning("beta=0: nothing keeps the policy near its start, and feature rewards are easy to game.")
@@ -356,8 +356,8 @@ class MechRewardGRPOTrainer(GRPOTrainer):
             raise
         except Exception as error:
             raise RewardError(
-                f"A reward function raised {type(error).__name__}: {error} (step {self.state.global_step}). Mend it and "
-                f"resume from the last checkpoint in {self.args.output_dir}."
+                f"A reward function raised {type(error).__name__}: {error} (step {self.state.global_step}). Mend it "
+                f"and resume from the last checkpoint in {self.args.output_dir}."
             ) from error
 
     def _save_what_there_is(self) -> None:

@@ -301,10 +301,10 @@ class _Batch:
         answer = _answer(gold)
         if not re.search(r"[^\W_]", answer.text) or (not answer.prose and len(answer.text) > MAX_ANSWER):
             return None
-        if answer.prose and _MATH_SIGN.search(answer.text):
-            # Whether a sentence holds an answer must not depend on the completion that it is compared with.
-            if _explodes(answer) or self.ask(answer, _Answer("", False)) != "wrong":
-                return None
+        # Whether a sentence holds an answer must not depend on the completion that it is compared with.
+        sum_in_words = answer.prose and _MATH_SIGN.search(answer.text)
+        if sum_in_words and (_explodes(answer) or self.ask(answer, _Answer("", False)) != "wrong"):
+            return None
         return answer
 
     def ask(self, gold: _Answer, answer: _Answer) -> str:
