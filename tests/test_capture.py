@@ -16,7 +16,7 @@ from conftest import LAYERS, LAYOUTS, VOCAB, WIDTH, assert_readings, build, laye
 from mechreward import readout as readout_module
 from mechreward.errors import CaptureError, MechRewardError, ModelMismatchError
 from mechreward.readout import HookPoint, Nonlinearity, Readout, ReadoutBank, Request, direction
-from mechreward.rollout.batch import RolloutBatch
+from mechreward.rollout.batch import Call, RolloutBatch
 from mechreward.rollout.capture import (
     GenerationReader,
     ResidualTap,
@@ -365,7 +365,7 @@ def test_every_token_that_ends_a_generation_ends_a_completion():
     assert all(c[-1] in (EOS, 40) and PAD not in c[-2:] for c in ended)
     source = HFSource(model, Tokenizer())
     padded = [[*c, *[PAD] * (12 - len(c))] for c in batch.completion_ids]
-    given = source.batch(batch.prompts, batch.completions, padded, {})
+    given = source.batch(Call(batch.prompts, batch.completions, padded, {}))
     assert given.lengths == [len(c) for c in batch.completion_ids]
 
 

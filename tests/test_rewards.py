@@ -26,7 +26,7 @@ from mechreward.reward.base import Reward, Scores
 from mechreward.reward.feature_reward import FeatureReward, lowered
 from mechreward.reward.normalization import EPS, dense_zscore, zscore_in_batch, zscore_in_group
 from mechreward.reward.outcome import OutcomeReward
-from mechreward.rollout.batch import RolloutBatch
+from mechreward.rollout.batch import Call, RolloutBatch
 from mechreward.rollout.hf import HFSource
 from mechreward.sae import formats
 
@@ -98,10 +98,11 @@ class Told:
     def __init__(self, readings=None, **options):
         self.readings, self.options, self.accepted = readings, options, []
 
-    def batch(self, prompts, completions, completion_ids, columns):
-        n = len(prompts)
-        ids = completion_ids or [[7, 8]] * n
-        return RolloutBatch(prompts, completions, [[5]] * n, ids, columns, **{"num_generations": n} | self.options)
+    def batch(self, call):
+        n = len(call.prompts)
+        ids = call.completion_ids or [[7, 8]] * n
+        told = {"num_generations": n} | self.options
+        return RolloutBatch(call.prompts, call.completions, [[5]] * n, ids, call.columns, **told)
 
     def read(self, batch, requests):
         return dict.fromkeys(requests, self.readings)
@@ -447,7 +448,7 @@ def test_no_gradient_flows_through_a_reward(words):
     weight = torch.nn.Parameter(torch.ones(WIDTH))
     reward = FeatureReward(direction("d", weight, POINT), aggregation="per_token")
     source = HFSource(model, words)
-    batch = source.batch(PROMPTS, PROMPTS, COMPLETIONS, {})
+    batch = source.batch(Call(PROMPTS, PROMPTS, COMPLETIONS, {}))
     got = reward.score(batch, source.read(batch, reward.requests))
     for tensor in [got.values, got.dense[0].values, *got.parts.values()]:
         assert not tensor.requires_grad
@@ -597,7 +598,10 @@ def test_plain_and_conversational_calls_with_the_same_ids_give_the_same_reward(g
     chats = [[{"role": "user", "content": p}] for p in prompts]
     replies = [[{"role": "assistant", "content": c}] for c in completions]
     blocks = [[{"role": "assistant", "content": [{"type": "text", "text": c}]}] for c in completions]
-    assert source.batch(prompts, completions, None, {}).prompt_ids == source.batch(chats, replies, None, {}).prompt_ids
+    assert (
+        source.batch(Call(prompts, completions, None, {})).prompt_ids
+        == source.batch(Call(chats, replies, None, {})).prompt_ids
+    )
     plain = reward(prompts, completions, source=source)
     assert reward(chats, replies, source=source) == plain == reward(chats, blocks, source=source)
     assert reward(prompts, completions, [[10, 11, 12, 2], [20, 21, 2]], source=source) == plain
@@ -774,7 +778,7 @@ def test_a_plain_trainer_is_recognised_by_its_bound_methods(gemma, words, handle
 def test_a_plain_trainer_gives_groups_progress_and_the_end_of_a_completion(gemma, words):
     seen = []
 
-    class Looks(Reward):
+    class Looks(FeatureReward):
         def score(self, batch, readings):
             seen.append(batch)
             return Scores(torch.zeros(len(batch)))
@@ -783,7 +787,7 @@ def test_a_plain_trainer_gives_groups_progress_and_the_end_of_a_completion(gemma
     trainer = plain_trainer(model, words)
     for mode in (True, False):
         model.train(mode)
-        as_trl_calls(Looks("looks"), trainer, PROMPTS, ["a"] * 4, COMPLETIONS, level=list("wxyz"))
+        as_trl_calls(Looks(one_column()), trainer, PROMPTS, ["a"] * 4, COMPLETIONS, level=list("wxyz"))
     training, evaluating = seen
     assert (training.num_generations, evaluating.num_generations, training.progress) == (2, 4, 0.25)
     assert training.columns == {"level": list("wxyz")} and training.eos_token_ids == {2}

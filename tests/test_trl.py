@@ -320,6 +320,20 @@ def test_completions_table_and_metrics_show_every_part(tmp_path):
     assert {"composite/feature", "composite/seconds", "mechreward/hook_seconds", "guards/flagged"} <= set(log)
 
 
+def test_without_args_kl_is_on_and_the_shipped_model_has_an_id(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("mechreward.integrations.trl_grpo.MechRewardGRPOConfig", _on_cpu)
+    trainer = MechRewardGRPOTrainer(
+        "mechreward/pocket", mr.OutcomeReward(mr.verifiers.math_boxed), train_dataset=mr.pocket.dataset("train", 8)
+    )
+    assert trainer.beta == 0.04 and trainer.ref_model is not None
+    assert trainer.model.config.model_type == "gemma2" and len(trainer.guards) == 1
+
+
+def _on_cpu(output_dir):
+    return MechRewardGRPOConfig(output_dir=output_dir, bf16=False, use_cpu=True, report_to=[])
+
+
 def test_a_monitor_does_not_move_the_policy(tmp_path):
     """The same seed with and without a monitor ends with the same weights, bit for bit."""
     ends = []

@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mechreward import pocket
 from mechreward.errors import ConfigError, MechRewardError, MissingExtraError, RewardError, nearest
 from mechreward.hacking.detectors import Guard, RepetitionDetector, apply_guards
 from mechreward.readout import Readings, ReadoutBank, Request
 from mechreward.reward.base import Dense, Reward, Scores
 from mechreward.reward.composition import warn_if_weight_cancels
 from mechreward.reward.normalization import dense_zscore
-from mechreward.rollout.batch import RolloutBatch, Text
+from mechreward.rollout.batch import Call, RolloutBatch
 from mechreward.rollout.capture import (
     GenerationReader,
     ResidualTap,
@@ -97,7 +98,8 @@ class MechRewardGRPOTrainer(GRPOTrainer):
     * reference: TRL's reference pass where ``beta > 0``, else one truncated forward.
 
     Args:
-        model, reward_funcs, args, ...: As for `trl.GRPOTrainer`. Without ``args``, a :class:`MechRewardGRPOConfig`.
+        model, reward_funcs, args, ...: As for `trl.GRPOTrainer`; ``"mechreward/pocket"`` is the shipped model. Without
+            ``args``, a :class:`MechRewardGRPOConfig`.
         guards: What may lower feature rewards; by default the repetition detector.
         monitors: Rewards that are computed and logged (``monitor/...``) and never enter the reward.
 
@@ -116,6 +118,7 @@ class MechRewardGRPOTrainer(GRPOTrainer):
         monitors: Sequence[Reward] = (),
         **kwargs: Any,
     ):
+        model = pocket.resolve(model) if isinstance(model, str) else model
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path
             args = MechRewardGRPOConfig(f"{str(name).split('/')[-1]}-GRPO")
@@ -254,7 +257,7 @@ class MechRewardGRPOTrainer(GRPOTrainer):
             with self._window(self._policy_tap, self._step_state.generation):
                 generated = super()._generate(prompts)
         prompt_ids, completion_ids, tool_mask, completions = generated[:4]
-        self._step_state.batch = describe(self, prompts, completions, prompt_ids, completion_ids, {}, tool_mask)
+        self._step_state.batch = describe(self, Call(prompts, completions, completion_ids), prompt_ids, tool_mask)
         if bank is not None and self._step_state.generation is not None:
             mask = self._step_state.batch.mask()
             values = self._step_state.generation.values(*mask.shape)
@@ -430,16 +433,10 @@ class _TappedSource:
     def __init__(self, trainer: MechRewardGRPOTrainer):
         self.trainer = trainer
 
-    def batch(
-        self,
-        prompts: Sequence[Text],
-        completions: Sequence[Text],
-        completion_ids: Sequence[Sequence[int]] | None,
-        columns: Mapping[str, Sequence[Any]],
-    ) -> RolloutBatch:
+    def batch(self, call: Call) -> RolloutBatch:
         batch = self.trainer._step_state.batch
         assert batch is not None  # set by _generate
-        return replace(batch, prompts=prompts, completions=completions, columns=columns)
+        return replace(batch, prompts=call.prompts, completions=call.completions, columns=call.columns)
 
     def read(self, batch: RolloutBatch, requests: Sequence[Request]) -> Mapping[Request, Readings]:
         return self.trainer.readings(batch, requests)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mechreward.errors import RewardError
 from mechreward.readout import Readings, Request
-from mechreward.rollout.batch import RolloutBatch, Text
+from mechreward.rollout.batch import Call, RolloutBatch, Text
 from mechreward.rollout.resolve import resolve_source
 
 VERIFIER_SECONDS = "verifier_seconds"
@@ -54,13 +54,7 @@ class Scores:
 class Source(Protocol):
     """Whatever can turn a call from a trainer into a rollout batch, and produce readings for it."""
 
-    def batch(
-        self,
-        prompts: Sequence[Text],
-        completions: Sequence[Text],
-        completion_ids: Sequence[Sequence[int]] | None,
-        columns: Mapping[str, Sequence[Any]],
-    ) -> RolloutBatch: ...
+    def batch(self, call: Call) -> RolloutBatch: ...
 
     def read(self, batch: RolloutBatch, requests: Sequence[Request]) -> Mapping[Request, Readings]: ...
 
@@ -138,7 +132,7 @@ class Reward:
         if isinstance(source, (list, tuple)):  # a dataset's column of that name, which NuminaMath has
             columns, source = {**columns, "source": source}, None
         origin = resolve_source(source, log_metric, needs_model=bool(self.requests))
-        batch = origin.batch(prompts, completions, completion_ids, columns)
+        batch = origin.batch(Call(prompts, completions, completion_ids, columns))
         readings = origin.read(batch, self.requests) if self.requests else {}
         guarded = self.guard(batch, readings)
         scores = self.score(guarded, readings)

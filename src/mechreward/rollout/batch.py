@@ -30,6 +30,16 @@ def _content(message: Message) -> str:
 
 
 @dataclass(frozen=True)
+class Call:
+    """What a trainer calls a reward with: B prompts and completions, their token ids if it passes them, and columns."""
+
+    prompts: Sequence[Text]
+    completions: Sequence[Text]
+    completion_ids: Sequence[Sequence[int]] | None = None
+    columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class RolloutBatch:
     """Rollouts of one generation step, as one process sees them: B rows, groups contiguous.
 

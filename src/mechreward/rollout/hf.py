@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mechreward.errors import RewardError
 from mechreward.readout import Readings, Readout, ReadoutBank, Request
-from mechreward.rollout.batch import RolloutBatch, Text, plain_text
+from mechreward.rollout.batch import Call, RolloutBatch, Text, plain_text
 from mechreward.rollout.capture import ResidualTap, SequenceReader, check_fits, truncated_forward, unwrap
 
 if TYPE_CHECKING:
@@ -100,25 +100,19 @@ class HFSource:
         self.models = {"policy": model, "reference": reference}
         self.tokenizer = tokenizer
 
-    def batch(
-        self,
-        prompts: Sequence[Text],
-        completions: Sequence[Text],
-        completion_ids: Sequence[Sequence[int]] | None,
-        columns: Mapping[str, Sequence[Any]],
-    ) -> RolloutBatch:
+    def batch(self, call: Call) -> RolloutBatch:
         """Tokenise what a reward was called with."""
-        eos = self.tokenizer.eos_token_id
+        completion_ids = call.completion_ids
         if completion_ids is None:
-            texts = [plain_text(c) for c in completions]
+            eos, texts = self.tokenizer.eos_token_id, [plain_text(c) for c in call.completions]
             completion_ids = [[*self.tokenizer(t, add_special_tokens=False).input_ids, eos] for t in texts]
         return RolloutBatch(
-            prompts=prompts,
-            completions=completions,
-            prompt_ids=[self._prompt_ids(p) for p in prompts],
+            prompts=call.prompts,
+            completions=call.completions,
+            prompt_ids=[self._prompt_ids(p) for p in call.prompts],
             completion_ids=completion_ids,
-            columns=columns,
-            num_generations=len(prompts),
+            columns=call.columns,
+            num_generations=len(call.prompts) or 1,
             eos_token_ids=end_tokens(self.models["policy"], self.tokenizer),
         )
 

@@ -7,7 +7,7 @@ TRL passes reward functions bound methods of the trainer (``log_metric``, ``log_
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from torch import nn
 
 from mechreward.errors import RewardError
 from mechreward.readout import Readings, Readout, ReadoutBank, Request
-from mechreward.rollout.batch import RolloutBatch, Text
+from mechreward.rollout.batch import Call, RolloutBatch
 from mechreward.rollout.capture import check_fits, unwrap
 from mechreward.rollout.hf import group_requests, read_forward, refuse_dense
 
@@ -37,7 +37,7 @@ def resolve_source(source: Source | None, log_metric: Callable | None, needs_mod
     if hasattr(trainer, "rollout_source"):  # ours
         return trainer.rollout_source  # pyright: ignore
     if hasattr(trainer, "accelerator") and hasattr(trainer, "_tokenize_prompts"):
-        return TrainerSource(trainer)
+        return TrainerSource(trainer, needs_model)
     if needs_model:
         raise RewardError(
             "This reward reads activations and was called without a trainer: pass source=HFSource(model, tokenizer) "
@@ -49,15 +49,10 @@ def resolve_source(source: Source | None, log_metric: Callable | None, needs_mod
 class TextOnly:
     """For rewards that need no activations, called by hand."""
 
-    def batch(
-        self,
-        prompts: Sequence[Text],
-        completions: Sequence[Text],
-        completion_ids: Sequence[Sequence[int]] | None,
-        columns: Mapping[str, Sequence[Any]],
-    ) -> RolloutBatch:
-        ids = [[]] * len(completions) if completion_ids is None else completion_ids
-        return RolloutBatch(prompts, completions, [[]] * len(prompts), ids, columns, num_generations=len(prompts) or 1)
+    def batch(self, call: Call) -> RolloutBatch:
+        n = len(call.prompts)
+        ids = [[]] * n if call.completion_ids is None else call.completion_ids
+        return RolloutBatch(call.prompts, call.completions, [[]] * n, ids, call.columns, num_generations=n or 1)
 
     def read(self, batch: RolloutBatch, requests: Sequence[Request]) -> dict[Request, Readings]:
         return {}
@@ -69,31 +64,25 @@ class TextOnly:
 class TrainerSource:
     """A plain `trl.GRPOTrainer`: prompts are tokenised by its own method, readings cost one truncated forward."""
 
-    def __init__(self, trainer: Any):
-        self.trainer = trainer
+    def __init__(self, trainer: Any, needs_model: bool = True):
+        self.trainer, self.needs_model = trainer, needs_model
 
-    def batch(
-        self,
-        prompts: Sequence[Text],
-        completions: Sequence[Text],
-        completion_ids: Sequence[Sequence[int]] | None,
-        columns: Mapping[str, Sequence[Any]],
-    ) -> RolloutBatch:
+    def batch(self, call: Call) -> RolloutBatch:
         """The rollouts that the trainer is scoring.
 
         Raises:
             RewardError: Their token ids cannot be had exactly.
         """
-        trainer = self.trainer
-        if completion_ids is None:
+        trainer, prompt_ids = self.trainer, [[]] * len(call.prompts)
+        if call.completion_ids is None:
             raise RewardError("The trainer passes no completion_ids: TRL 1.0 or newer is needed.")
-        if getattr(trainer, "tools", None) or "images" in columns or "image" in columns:
-            raise RewardError(
-                "With tools or images a reward function cannot see the exact tokens: use MechRewardGRPOTrainer."
-            )
-        return describe(
-            trainer, prompts, completions, trainer._tokenize_prompts(list(prompts))[0], completion_ids, columns
-        )
+        if self.needs_model:
+            if getattr(trainer, "tools", None) or "images" in call.columns or "image" in call.columns:
+                raise RewardError(
+                    "With tools or images a reward function cannot see the exact tokens: use MechRewardGRPOTrainer."
+                )
+            prompt_ids = trainer._tokenize_prompts(list(call.prompts))[0]
+        return describe(trainer, call, prompt_ids)
 
     def read(self, batch: RolloutBatch, requests: Sequence[Request]) -> dict[Request, Readings]:
         """One truncated forward for each model that is read."""
@@ -109,21 +98,18 @@ class TrainerSource:
 
 def describe(
     trainer: Any,
-    prompts: Sequence[Text],
-    completions: Sequence[Text],
+    call: Call,
     prompt_ids: Sequence[Sequence[int]],
-    completion_ids: Sequence[Sequence[int]],
-    columns: Mapping[str, Sequence[Any]],
     tool_mask: Sequence[Sequence[int]] | None = None,
 ) -> RolloutBatch:
     """A rollout batch with the trainer's groups, progress and processes."""
     state, training = trainer.state, trainer.model.training
     return RolloutBatch(
-        prompts=prompts,
-        completions=completions,
+        prompts=call.prompts,
+        completions=call.completions,
         prompt_ids=prompt_ids,
-        completion_ids=completion_ids,
-        columns=columns,
+        completion_ids=call.completion_ids or [],
+        columns=call.columns,
         num_generations=trainer.num_generations if training else trainer.num_generations_eval,
         eos_token_ids=frozenset(trainer.eos_token_ids),
         tool_mask=tool_mask,
