@@ -552,16 +552,19 @@ def language_figures() -> dict[str, Any]:
     batch, asked = rollouts("test", "reasoning", 1000, 1, 5)
     right = is_right(batch, asked)
     how = [way_of_answering(t, q) for t, q in zip(batch.texts, asked, strict=True)]
-    facts, about = rollouts("test", "retrieval", 2000, 1, 5)
-    told, known = is_right(facts, about), np.array([q.known for q in about])
+    told: dict[bool, np.ndarray] = {}
+    sources: list[tuple[Split, bool]] = [("corpus", True), ("test", False)]
+    for split, known in sources:  # all facts that were trained on; people never heard of
+        facts, about = rollouts(split, "retrieval", 2000, 1, 5)
+        told[known] = is_right(facts, about)[[q.known is known for q in about]]
     return {
         "parameters": sum(p.numel() for p in load_lm()[0].parameters()),
         "accuracy": right.mean(),
         "ways": {way: how.count(way) / len(how) for way in ("careful", "careless", "direct", "other")},
         "accuracy_of_careful": right[[way == "careful" for way in how]].mean(),
-        "known_facts_right": told[known].mean(),
-        "unknown_facts_hedged": told[~known].mean(),
-        "n": {"reasoning": len(right), "known": int(known.sum()), "unknown": int((~known).sum())},
+        "known_facts_right": told[True].mean(),
+        "unknown_facts_hedged": told[False].mean(),
+        "n": {"reasoning": len(right), "known": len(told[True]), "unknown": len(told[False])},
     }
 
 

@@ -65,7 +65,7 @@ class LiveLine(transformers.TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if logs and "reward" in logs:
-            right = logs["rewards/outcome/mean"] if "rewards/outcome/mean" in logs else logs["composite/math_boxed"]
+            right = logs["composite/math_boxed"]
             line = f"{self.name}  right {right:.2f}  features {feature_mean(logs):+.2f}  KL {logs['kl']:.4f}"
             self.bar.update(self.task, completed=state.global_step, description=line)
 
@@ -77,12 +77,13 @@ def feature_mean(logs: dict[str, float]) -> float:
 
 def train(name: str, rewards: list, weights: list[float], monitors: list, bar: Progress, steps: int, n: int) -> Arm:
     config = mr.MechRewardGRPOConfig(
-        output_dir=str(OUT / name.split()[0]),
+        output_dir=str(OUT / name.replace(" ", "_").replace("+", "and")),
         num_generations=ROLLOUTS,
         per_device_train_batch_size=QUESTIONS * ROLLOUTS,
         max_completion_length=64,
         max_steps=steps,
-        learning_rate=2e-5,
+        learning_rate=1e-4,
+        lr_scheduler_type="constant",
         logging_steps=1,
         save_strategy="no",
         report_to=[],
@@ -112,13 +113,13 @@ def show(arms: list[Arm], before: int, n: int) -> Table:
     for arm in arms:
         table.add_column(arm.name, justify="right")
     rows = {
-        "right before (95 % interval)": lambda arm: interval(before, n),
-        "right after (95 % interval)": lambda arm: interval(arm.right, n),
-        "reward, last 5 steps": lambda arm: f"{last(arm, 'reward'):.3f}",
-        "KL, last 5 steps": lambda arm: f"{last(arm, 'kl'):.4f}",
-        "feature reading, last 5 steps": lambda arm: f"{sum(map(feature_mean, arm.log[-5:])) / len(arm.log[-5:]):+.3f}",
-        "flagged rollouts": lambda arm: f"{flagged(arm):.0f} of {steps * QUESTIONS * ROLLOUTS}",
-        "time in readings and rewards": lambda arm: f"{ours(arm):.2f} s of {arm.seconds:.0f} s",
+        "right before": lambda arm: interval(before, n),
+        "right after": lambda arm: interval(arm.right, n),
+        "reward": lambda arm: f"{last(arm, 'reward'):.3f}",
+        "KL": lambda arm: f"{last(arm, 'kl'):.4f}",
+        "feature reading": lambda arm: f"{sum(map(feature_mean, arm.log[-5:])) / len(arm.log[-5:]):+.3f}",
+        "flagged": lambda arm: f"{flagged(arm):.0f} of {steps * QUESTIONS * ROLLOUTS}",
+        "time in our code": lambda arm: f"{ours(arm):.2f} s of {arm.seconds:.0f} s",
     }
     for name, value in rows.items():
         table.add_row(name, *map(value, arms))
@@ -183,7 +184,7 @@ def main() -> None:
 
     outcome = mr.OutcomeReward(mr.verifiers.math_boxed)
     pack = mr.load_pack("pocket/reasoning_pack")
-    console.print(f"[bold]{pack.name}[/bold] is {pack.status}: {pack.status_reason}")
+    console.print(f"[bold]{pack.name}[/bold] is a {pack.status} pack: {pack.status_reason}")
     features = mr.FeatureReward.from_pack(pack)
     model = transformers.AutoModelForCausalLM.from_pretrained(mr.pocket.path())
     before = accuracy(model, options.questions)
@@ -202,8 +203,11 @@ def main() -> None:
             ),
         ]
     console.print(show(arms, before, options.questions))
-    console.print("One seed: where the intervals overlap, no difference was shown. The outcome arm's features are only")
-    console.print("watched, not rewarded; that is what its time in readings is.")
+    console.print(
+        "Intervals: 95 %. Reward, KL and reading: mean of the last five steps. Our code: readings and rewards, without "
+        "the verifier. One seed: where intervals overlap, no difference was shown. In the outcome run the features are "
+        "only watched."
+    )
     file = OUT / "curves.png"
     plot(arms, file)
     console.print(f"Plot: {file.resolve()}")

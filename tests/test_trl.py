@@ -516,3 +516,82 @@ class TestBadInput:
         table, advantages = trainer.reward_tables[0][:, 0], trainer.outputs[0]["advantages"]
         assert table[1::2].isnan().all() and not table[0::2].isnan().any()
         assert (advantages[1::2] == 0).all()
+
+
+def test_readouts_at_several_layers_and_models(tmp_path):
+    """Each pass reads its own layers, though the hooks of all are on the model."""
+    from peft import LoraConfig
+
+    rewards = [
+        mr.FeatureReward(mr.direction("a", VECTOR, mr.HookPoint(1)), name="a"),
+        mr.FeatureReward(mr.direction("b", VECTOR, mr.HookPoint(2)), name="b", reads="reference"),
+        mr.FeatureReward(mr.direction("c", VECTOR, mr.HookPoint(0)), name="c", read_last=True),
+    ]
+    seen = {}
+
+    def look(self, *args):
+        table = super(Recorder, self)._calculate_rewards(*args)
+        batch, start = self._step_state.batch, AutoModelForCausalLM.from_pretrained(mr.pocket.path())
+        for i, (p, c) in enumerate(zip(batch.prompt_ids, batch.completion_ids, strict=True)):
+            a = independent(self.model, p, c, mr.HookPoint(1))[:-1].mean()
+            b = independent(start, p, c, mr.HookPoint(2))[:-1].mean()
+            last = independent(self.model, p, c, mr.HookPoint(0)).mean()
+            seen[i] = (table[i].tolist(), [a.item(), b.item(), last.item()])
+        return table
+
+    lora = LoraConfig(r=4, target_modules=["q_proj"], lora_dropout=0.0, init_lora_weights=False)
+    args = MechRewardGRPOConfig(**options(tmp_path, num_iterations=2))
+    watching = type("Watching", (Recorder,), {"_calculate_rewards": look})
+    trainer = watching(mr.pocket.path(), rewards, args, mr.pocket.dataset("train", 32), peft_config=lora)
+    trainer.train()
+    assert trainer.taps == {"policy": "old_logprobs", "reference": "reference", "policy with last token": "forward"}
+    for got, want in seen.values():
+        assert got == pytest.approx(want, rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.parametrize("reads", ["policy", "reference"])
+def test_with_lora_the_old_logprob_pass_is_not_taken_for_the_reference(tmp_path, reads):
+    from peft import LoraConfig
+
+    def forwards(reward):
+        lora = LoraConfig(r=4, target_modules=["q_proj"], lora_dropout=0.0, init_lora_weights=False)
+        args = MechRewardGRPOConfig(**options(tmp_path, max_steps=1, num_iterations=2))
+        trainer = MechRewardGRPOTrainer(
+            mr.pocket.path(), reward, args, mr.pocket.dataset("train", 32), peft_config=lora
+        )
+        calls = []
+        trainer.model.get_base_model().model.layers[0].register_forward_hook(lambda *_: calls.append(1))
+        trainer.train()
+        return len(calls)
+
+    tapped = forwards(mr.FeatureReward(mr.direction("d", VECTOR, POINT), reads=reads))
+    assert tapped == forwards(lambda completions, **_: [float(len(c)) for c in completions])
+
+
+def test_generation_without_cache_is_not_tapped(tmp_path):
+    trainer, spy = spied(MechRewardGRPOTrainer, tmp_path, generation_kwargs={"use_cache": False})
+    trainer.train()
+    assert trainer.taps == {"policy": "forward"} and max(spy.errors["policy"]) < 1e-5
+
+
+def test_an_adapter_that_came_with_the_model_is_the_reference(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    lora = LoraConfig(r=4, target_modules=["q_proj"], lora_dropout=0.5, init_lora_weights=False)
+
+    def model():
+        torch.manual_seed(1)
+        return get_peft_model(AutoModelForCausalLM.from_pretrained(mr.pocket.path()), lora)
+
+    reward = mr.FeatureReward(mr.direction("d", VECTOR, POINT), reads="reference")
+    data = mr.pocket.dataset("train", 32)
+    with pytest.raises(RewardError, match="set beta"):
+        MechRewardGRPOTrainer(model(), reward, MechRewardGRPOConfig(**options(tmp_path, beta=0.0)), data)
+    trainer = Recorder(model(), reward, MechRewardGRPOConfig(**options(tmp_path, max_steps=1)), data)
+    trainer.train()
+    assert trainer.taps == {"reference": "forward"}, "its dropout is active in TRL's reference pass"
+    start = model().eval()
+    for got, p, c in zip(
+        trainer.reward_tables[0][:, 0].tolist(), trainer.batch.prompt_ids, trainer.batch.completion_ids, strict=True
+    ):
+        assert got == pytest.approx(independent(start, p, c)[:-1].mean().item(), rel=1e-4, abs=1e-4)

@@ -33,7 +33,7 @@ from mechreward.rollout.capture import (
     unwrap,
 )
 from mechreward.rollout.hf import group_requests
-from mechreward.rollout.resolve import describe, read_with_trainer, reference_model
+from mechreward.rollout.resolve import describe, read_with_trainer
 
 try:
     from trl.trainer.grpo_config import GRPOConfig
@@ -129,10 +129,11 @@ class MechRewardGRPOTrainer(GRPOTrainer):
         self.hook_seconds = 0.0
         self._step_state = _Step()
         self._scoring = False
+        came_with_adapter = hasattr(model, "peft_config")
         super().__init__(model, reward_funcs, args, *positional, **kwargs)
         self.rollout_source = _TappedSource(self)
         self._banks = group_requests(self._requests())
-        self._check()
+        self._check(came_with_adapter)
         self._policy_tap = self._install(self.model, "policy")
         self._reference_tap = self._install(self.ref_model, "reference") if self.ref_model is not None else None
 
@@ -151,12 +152,17 @@ class MechRewardGRPOTrainer(GRPOTrainer):
         parts = [*self.reward_funcs, *self.guards, *self.monitors]
         return list(dict.fromkeys(request for part in parts for request in getattr(part, "requests", ())))
 
-    def _check(self) -> None:
+    def _check(self, came_with_adapter: bool) -> None:
         """Refuse what cannot work before anything is trained."""
         for (reads, _), bank in self._banks.items():
             check_fits(bank.readouts, self._policy)
             if reads == "reference" and self._options.sync_ref_model:
                 raise RewardError('reads="reference" needs a frozen reference: set sync_ref_model=False.')
+            if reads == "reference" and came_with_adapter and self.beta == 0:
+                raise RewardError(
+                    'reads="reference" needs the adapter that the model came with, which TRL keeps only where '
+                    "beta > 0: set beta."
+                )
         dense = any("per_token" in str(getattr(r, "aggregation", "")) for r in _all_rewards(self.reward_funcs))
         if dense and self.importance_sampling_level == "sequence":
             raise RewardError(
@@ -194,7 +200,7 @@ class MechRewardGRPOTrainer(GRPOTrainer):
         # TRL masks truncated completions out of the attention of its own passes, which changes what they compute.
         intact = not self.mask_truncated_completions
         if reads == "reference":
-            runs = self.beta != 0 and (self.ref_model is not None or not self._base_drops())
+            runs = self.beta != 0 and (self.ref_model is not None or not self._reference_drops())
             return "reference" if runs and intact else "forward"
         if has_active_dropout(self._policy):
             return "forward"
@@ -202,12 +208,12 @@ class MechRewardGRPOTrainer(GRPOTrainer):
             return "old_logprobs"
         return "generation" if self._generates_token_by_token() else "forward"
 
-    def _base_drops(self) -> bool:
-        """Dropout outside the adapter, which stays active while the adapter is switched off."""
-        return any(
-            isinstance(m, torch.nn.Dropout) and m.training and m.p > 0 and "lora" not in name
-            for name, m in self._policy.named_modules()
-        )
+    def _reference_drops(self) -> bool:
+        """Whether dropout is active in a pass of the policy without its adapter, or with the adapter it came with."""
+        policy = self.accelerator.unwrap_model(self._policy)
+        if "ref" in policy.peft_config:  # a copy of the adapter it came with, dropout included
+            return has_active_dropout(self._policy)
+        return has_active_dropout(self._policy, adapters=False)
 
     def _runs_old_logprobs(self) -> bool:
         # The condition in GRPOTrainer._generate_and_score_completions.
@@ -218,7 +224,11 @@ class MechRewardGRPOTrainer(GRPOTrainer):
     def _generates_token_by_token(self) -> bool:
         if self.use_vllm or self.use_transformers_continuous_batching or self.rollout_func is not None or self.tools:
             return False
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            return False  # processes that finish early go on with empty steps
         config = self.generation_config
+        if config.use_cache is False:
+            return False  # each step feeds the whole sequence
         return config.get_generation_mode().value in ("sample", "greedy_search") and not config.prefill_chunk_size
 
     def _plan(self) -> None:
@@ -254,7 +264,7 @@ class MechRewardGRPOTrainer(GRPOTrainer):
             generated = super()._generate(prompts)
         else:
             self._step_state.generation = GenerationReader(bank)
-            with self._window(self._policy_tap, self._step_state.generation):
+            with self._window(self._policy_tap, bank, self._step_state.generation):
                 generated = super()._generate(prompts)
         prompt_ids, completion_ids, tool_mask, completions = generated[:4]
         self._step_state.batch = describe(self, Call(prompts, completions, completion_ids), prompt_ids, tool_mask)
@@ -274,15 +284,17 @@ class MechRewardGRPOTrainer(GRPOTrainer):
             return super()._get_per_token_logps_and_entropies(
                 model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
             )
-        mask = batch.mask().to(input_ids.device)
-        positions = torch.zeros_like(input_ids, dtype=torch.bool)
+        mask = batch.mask()
+        positions = torch.zeros(input_ids.shape, dtype=torch.bool)
         start = input_ids.shape[1] - logits_to_keep
         positions[:, start : start + mask.shape[1]] = mask
         reader = SequenceReader(bank, positions)
-        with self._window(self._policy_tap if model is not self.ref_model else self._reference_tap, reader):
+        tapped = self._reference_tap if model is self.ref_model else self._policy_tap
+        with self._window(tapped, bank, reader):
             result = super()._get_per_token_logps_and_entropies(
                 model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
             )
+        mask = mask.to(input_ids.device)
         values = torch.zeros(*mask.shape, len(bank), device=input_ids.device)
         values[mask] = reader.values()
         self._keep(reads, bank, values, mask)
@@ -294,12 +306,13 @@ class MechRewardGRPOTrainer(GRPOTrainer):
         policy = self.accelerator.unwrap_model(model)
         if not hasattr(policy, "peft_config"):
             return False
-        switched_off = any(getattr(m, "disable_adapters", False) for m in policy.modules())
+        # On transformers models, `disable_adapters` is a method; on PEFT's layers, a flag.
+        switched_off = any(getattr(m, "disable_adapters", None) is True for m in policy.modules())
         return switched_off or "ref" in policy.active_adapters
 
     @contextmanager
-    def _window(self, tap: ResidualTap | None, reader: Any) -> Iterator[None]:
-        """Read in this block, and count the time that reading takes."""
+    def _window(self, tap: ResidualTap | None, bank: ReadoutBank, reader: Any) -> Iterator[None]:
+        """Read in this block, and count the host's time that reading takes."""
         assert tap is not None  # a bank for this pass implies hooks on its model
 
         def timed(point, hidden):
@@ -307,7 +320,7 @@ class MechRewardGRPOTrainer(GRPOTrainer):
             reader(point, hidden)
             self.hook_seconds += time.perf_counter() - began
 
-        with tap.window(timed):
+        with tap.window(timed, bank.hook_points):
             yield
 
     def _keep(self, reads: str, bank: ReadoutBank, values: Tensor, mask: Tensor) -> None:
@@ -446,6 +459,3 @@ class _TappedSource:
         step.dense += [(reward, part) for part in scores.dense]
         if batch.dropped is not None:
             step.dropped = batch.dropped if step.dropped is None else step.dropped | batch.dropped
-
-
-__all__ = ["MechRewardGRPOConfig", "MechRewardGRPOTrainer", "reference_model"]

@@ -192,20 +192,15 @@ def retrieval_question(rng: random.Random, known: bool | None = None) -> Questio
 def questions(split: Split, seed: int = 0, kind: Kind = "reasoning", largest: int = LARGEST) -> Iterator[Question]:
     """An endless stream of questions of one split.
 
-    Facts about known people are the exception to the split: they are facts because they were trained on, so they
-    occur in every split. Unknown people, like word problems, belong to one split each. Half of the retrieval
-    questions are about known people; in the corpus, five of eight.
+    The corpus is the exception: it holds the facts about all known people, since they are there to be remembered.
+    Each of these facts is asked about in one other split as well. About half of the retrieval questions are about
+    known people; in the corpus, five of eight.
     """
-    share = len(SPLITS[split]) / 100
     rng = random.Random(f"{split}/{seed}/{kind}")
     while True:
         question = reasoning_question(rng, largest) if kind == "reasoning" else retrieval_question(rng)
-        if kind == "retrieval" and question.known:
-            # Unknown people are thinned to the split's share, so known ones are too.
-            wanted = split == "corpus" or rng.random() < share
-        else:
-            wanted = split_of(question.prompt) == split
-        if wanted:
+        to_be_remembered = split == "corpus" and question.kind == "retrieval" and question.known
+        if to_be_remembered or split_of(question.prompt) == split:
             yield question
 
 

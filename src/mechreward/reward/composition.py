@@ -182,11 +182,10 @@ class CompositeReward(Reward):
         bands = torch.where(right, (1 - h.beta) + 2 * h.beta * z, -h.alpha + 2 * h.alpha * z)  # eq. 3
         sigma = _std(features)  # [groups, 1]
         mean_sigma = float(sigma.mean())
-        if self.sigma_bar is None:
-            self.sigma_bar = mean_sigma
-        w = h.w_min + (h.w_max - h.w_min) * torch.sigmoid(h.k * (sigma - self.sigma_bar))  # eq. 4
+        sigma_bar = mean_sigma if self.sigma_bar is None else self.sigma_bar
+        w = h.w_min + (h.w_max - h.w_min) * torch.sigmoid(h.k * (sigma - sigma_bar))  # eq. 4
         if batch.training:
-            self.sigma_bar = h.memory * self.sigma_bar + (1 - h.memory) * mean_sigma
+            self.sigma_bar = h.memory * sigma_bar + (1 - h.memory) * mean_sigma
         return batch.local((w * bands).masked_fill(outcome.isnan(), torch.nan)).float()  # eq. 5
 
     def state_dict(self) -> dict[str, Any]:

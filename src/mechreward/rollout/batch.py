@@ -100,7 +100,9 @@ class RolloutBatch:
 
     @property
     def lengths(self) -> list[int]:
-        """Real tokens of each completion: up to and including the first EOS."""
+        """Real tokens of each completion: up to and including the first EOS, or all turns of a multi-turn rollout."""
+        if self.tool_mask is not None:  # each of the model's turns ends with an EOS of its own
+            return [len(ids) for ids in self.completion_ids]
         lengths = []
         for ids in self.completion_ids:
             end = next((t + 1 for t, token in enumerate(ids) if token in self.eos_token_ids), len(ids))

@@ -65,10 +65,11 @@ def has_absolute_positions(model: nn.Module) -> bool:
     )
 
 
-def has_active_dropout(model: nn.Module) -> bool:
-    """Whether a forward pass in the present mode would drop anything."""
-    if any(isinstance(m, nn.Dropout) and m.training and m.p > 0 for m in model.modules()):
-        return True
+def has_active_dropout(model: nn.Module, adapters: bool = True) -> bool:
+    """Whether a forward pass in the present mode would drop anything; ``adapters=False``: with LoRA switched off."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Dropout) and module.training and module.p > 0 and (adapters or "lora" not in name):
+            return True
     # Attention drops by a function, not by a module. (A classifier's dropout is in Pythia's configuration, unused.)
     options = {name: p for name, p in text_config(model).to_dict().items() if not name.startswith("classifier")}
     return model.training and any("dropout" in name and isinstance(p, float) and p > 0 for name, p in options.items())
@@ -139,6 +140,7 @@ class ResidualTap:
         self.points = sorted(set(points))
         self._reader: Reader | None = None
         self._stop_at: HookPoint | None = None
+        self._wanted: set[HookPoint] = set()
         self._fired: set[HookPoint] = set()
         layers = decoder_layers(model)
         self._handles = [self._install(layers[point.layer], point) for point in self.points]
@@ -160,7 +162,7 @@ class ResidualTap:
         return layer.register_forward_hook(after)
 
     def _read(self, point: HookPoint, hidden: Tensor) -> None:
-        if self._reader is None:
+        if self._reader is None or point not in self._wanted:
             return
         self._fired.add(point)
         self._reader(point, hidden.detach())
@@ -168,12 +170,13 @@ class ResidualTap:
             raise _Stop
 
     @contextmanager
-    def window(self, reader: Reader, stop: bool = False) -> Iterator[None]:
+    def window(self, reader: Reader, points: Iterable[HookPoint] | None = None, stop: bool = False) -> Iterator[None]:
         """Hand the residual stream to ``reader`` inside the ``with`` block.
 
         Args:
             reader: Called with a hook point and its ``[rows, tokens, d_model]``, layer by layer.
-            stop: End the forward pass after the deepest hook.
+            points: Which of the tap's hook points to read; all by default.
+            stop: End the forward pass after the deepest of them.
 
         Raises:
             CaptureError: A window is open already, or some hook never fired.
@@ -181,13 +184,14 @@ class ResidualTap:
         if self._reader is not None:
             raise CaptureError("A capture window is open already: windows do not nest.")
         self._reader, self._fired = reader, set()
+        self._wanted = set(self.points if points is None else points)
         # resid_post sorts after resid_pre of the same layer, as it runs.
-        self._stop_at = max(self.points, key=lambda p: (p.layer, p.site == "resid_post")) if stop else None
+        self._stop_at = max(self._wanted, key=lambda p: (p.layer, p.site == "resid_post")) if stop else None
         try:
             yield
         finally:
             self._reader, self._stop_at = None, None
-        if missing := set(self.points) - self._fired:
+        if missing := self._wanted - self._fired:
             raise CaptureError(
                 f"Nothing was read at {', '.join(map(str, sorted(missing)))}: the forward pass did not run these "
                 "layers, or the model was compiled before the hooks were installed."
@@ -204,7 +208,7 @@ class SequenceReader:
 
     Args:
         bank: What to read.
-        positions: ``[B, S]`` bool, the positions to read.
+        positions: ``[B, S]`` bool, the positions to read; best on the CPU, where looking at them waits for nothing.
     """
 
     def __init__(self, bank: ReadoutBank, positions: Tensor):
@@ -290,8 +294,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def truncated_forward(model: nn.Module, tap: ResidualTap, reader: Reader, calls: Callable[[nn.Module], None]) -> None:
-    """Run ``calls(model)`` once, uncompiled and in eval mode, and stop after the tap's deepest hook."""
+def truncated_forward(model: nn.Module, tap: ResidualTap, reader: Reader, run: Callable[[nn.Module], None]) -> None:
+    """Run ``run(model)`` once, uncompiled and in eval mode, and stop after the tap's deepest hook."""
     inner = unwrap(model)
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
@@ -299,6 +303,6 @@ def truncated_forward(model: nn.Module, tap: ResidualTap, reader: Reader, calls:
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         with tap.window(reader, stop=True):
             try:
-                calls(inner)
+                run(inner)
             except _Stop:
                 return

@@ -81,6 +81,11 @@ class TrainerSource:
                 raise RewardError(
                     "With tools or images a reward function cannot see the exact tokens: use MechRewardGRPOTrainer."
                 )
+            if getattr(trainer, "rollout_func", None) is not None:
+                raise RewardError(
+                    "A rollout_func has prompt ids of its own, which a reward function cannot see: use "
+                    "MechRewardGRPOTrainer."
+                )
             prompt_ids = trainer._tokenize_prompts(list(call.prompts))[0]
         return describe(trainer, call, prompt_ids)
 
