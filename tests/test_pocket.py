@@ -185,7 +185,8 @@ class TestPacks:
         found = auc(
             [s for s, u in zip(scores, usable, strict=True) if u], [x for x, u in zip(labels, usable, strict=True) if u]
         )
-        assert found == pytest.approx(pack.evidence.auc.value, abs=0.08)
+        interval = pack.evidence.auc  # wide where few people are asked about: their rollouts are not independent
+        assert interval.low - 0.03 <= found <= interval.high + 0.03
         assert pack.evidence.n >= 1000 and pack.evidence.p_value is not None
 
     def test_status_follows_the_evidence(self):
