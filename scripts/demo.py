@@ -193,7 +193,7 @@ def main() -> None:
         arms = [
             train("outcome only", [outcome], [1.0], [features], bar, options.steps, options.questions),
             train(
-                "hybrid (outcome + features)",
+                "outcome + features",
                 [outcome, features],
                 [1.0, 0.3],
                 [],
