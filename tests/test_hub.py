@@ -52,7 +52,9 @@ def test_one_step_of_grpo(gemma, tmp_path):
     reward = mr.FeatureReward(sae.features([100, 200, 300]))
     args = mr.MechRewardGRPOConfig(
         output_dir=str(tmp_path), num_generations=2, per_device_train_batch_size=2, max_completion_length=16,
-        max_steps=1, bf16=False, report_to=[],
+        max_steps=1, logging_steps=1, bf16=False, report_to=[],
     )  # fmt: skip
     data = Dataset.from_list([{"prompt": "2 + 2 ="}] * 4)
-    mr.MechRewardGRPOTrainer("google/gemma-2-2b", reward, args, train_dataset=data).train()
+    trainer = mr.MechRewardGRPOTrainer("google/gemma-2-2b", reward, args, train_dataset=data)
+    trainer.train()
+    assert trainer.taps == {"policy": "generation"} and "reward" in trainer.state.log_history[0]
