@@ -19,6 +19,8 @@ from mechreward.errors import ConfigError, ModelMismatchError, RewardError
 from mechreward.integrations.trl_grpo import MechRewardGRPOConfig, MechRewardGRPOTrainer
 from mechreward.readout import Request
 from mechreward.reward.base import Reward, Scores
+from mechreward.rollout.batch import Call
+from mechreward.rollout.resolve import describe
 
 torch.manual_seed(0)
 VECTOR = torch.randn(128)
@@ -595,3 +597,11 @@ def test_an_adapter_that_came_with_the_model_is_the_reference(tmp_path):
         trainer.reward_tables[0][:, 0].tolist(), trainer.batch.prompt_ids, trainer.batch.completion_ids, strict=True
     ):
         assert got == pytest.approx(independent(start, p, c)[:-1].mean().item(), rel=1e-4, abs=1e-4)
+
+
+def test_images_are_never_read_without_the_images(tmp_path):
+    trainer, spy = spied(MechRewardGRPOTrainer, tmp_path)
+    call = Call([""], [""], [[5, 6]], {"images": [["a picture"]]})
+    rollouts = describe(trainer, call, [[1, 2]])
+    with pytest.raises(RewardError, match="images"):
+        trainer.rollout_source.read(rollouts, spy.asks)  # no step has run: nothing was tapped

@@ -332,6 +332,11 @@ class MechRewardGRPOTrainer(GRPOTrainer):
         """What the taps have read; what they have not is read now, by one truncated forward for each model."""
         read = self._step_state.read
         for (reads, read_last), bank in group_requests([r for r in requests if r not in read]).items():
+            if {"image", "images"} & set(batch.columns):
+                raise RewardError(
+                    f"Readings of the {reads} need a forward pass of our own here, which cannot show the model its "
+                    "images: choose settings under which TRL's own passes are read (see `taps`)."
+                )
             began = time.perf_counter()
             for readout, readings in read_with_trainer(self, batch, bank, reads, read_last).items():
                 read[Request(readout, reads, read_last)] = readings  # pyright: ignore[reportArgumentType]
