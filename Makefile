@@ -20,7 +20,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-# Makes the embedded model again from nothing (about an hour on two cores).
+# Makes the embedded model again from nothing; goes on where it was interrupted.
 pocket: $(VENV)/.dev
 	$(BIN)/python scripts/build_pocket.py
 

@@ -150,6 +150,32 @@ class TestCard:
         assert missed.item() == pytest.approx(card["fvu"], abs=0.02)
         assert (features > 0).float().sum(1).mean().item() == pytest.approx(card["l0"], abs=4)
 
+    @pytest.mark.parametrize("kind", ["jumprelu", "topk"])
+    def test_cross_entropy_recovered(self, pocket, kind):
+        """SAELens' own reconstruction in place of layer 2's output (BOS stays), against zeros."""
+        from sae_lens import SAE
+
+        model, tokenizer = pocket
+        sae = SAE.load_from_disk(str(mr.pocket.files() / "saes" / kind), device="cpu")
+        texts = [tokenizer(q.prompt + q.solution, return_tensors="pt").input_ids for q in drawn("test", 60, seed=6)]
+
+        def loss(replacement):
+            def hook(_module, _args, output):
+                hidden = output[0] if isinstance(output, tuple) else output
+                new = torch.cat([hidden[:, :1], replacement(hidden[:, 1:])], dim=1)
+                return (new, *output[1:]) if isinstance(output, tuple) else new
+
+            handle = model.model.layers[2].register_forward_hook(hook)
+            with torch.no_grad():
+                mean = sum(model(input_ids=ids, labels=ids).loss.item() for ids in texts) / len(texts)
+            handle.remove()
+            return mean
+
+        clean, rebuilt, zero = loss(lambda x: x), loss(lambda x: sae.decode(sae.encode(x))), loss(torch.zeros_like)
+        assert zero > clean + 1
+        claimed = FIGURES[f"sae_{kind}"]["cross_entropy_recovered"]
+        assert (zero - rebuilt) / (zero - clean) == pytest.approx(claimed, abs=0.02)
+
 
 PACKS = ["reasoning", "retrieval", "confidence"]
 

@@ -20,7 +20,7 @@ from mechreward.readout import HookPoint, InputTransform, Nonlinearity
 from mechreward.sae.handle import EncoderColumns, SAEHandle
 
 
-def open_path(path: Path, **known: Any) -> SAEHandle:
+def open_path(path: Path) -> SAEHandle:
     """Load a local sparse autoencoder: a SAELens folder, or a Gemma Scope ``params.npz`` (or its folder).
 
     Raises:
@@ -29,9 +29,9 @@ def open_path(path: Path, **known: Any) -> SAEHandle:
     if path.suffix in {".pt", ".pth", ".pkl", ".bin", ".pickle"}:
         raise SAEError(f"{path} is a pickle, which can run code when it is loaded: convert it to safetensors first.")
     if path.suffix == ".npz" or (path / "params.npz").exists():
-        return gemma_scope(path if path.suffix == ".npz" else path / "params.npz", **known)
+        return gemma_scope(path if path.suffix == ".npz" else path / "params.npz")
     if (path / "cfg.json").exists():
-        return saelens(path, **known)
+        return saelens(path)
     raise SAEError(f"No sparse autoencoder in {path}: expected cfg.json with sae_weights.safetensors, or params.npz.")
 
 

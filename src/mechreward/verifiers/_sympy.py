@@ -92,7 +92,7 @@ def _exchange(process: "subprocess.Popen[bytes]", request: bytes, seconds: float
             left = left[process.stdin.write(left) :]
         reply = process.stdout.readline()
     except OSError:
-        pass
+        pass  # the worker has died: without a whole reply it is replaced below
     finally:
         timer.cancel()
         # Also on KeyboardInterrupt: a reply nobody has read would be taken for the answer to the next question.
