@@ -8,15 +8,15 @@ names no features yet is a ``"candidate"`` with a recipe for finding them.
 import itertools
 import json
 import re
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
-from mechreward.errors import PackError, nearest
+from mechreward.errors import PackError
+from mechreward.schema import Strict, most_telling, sentence, shown
 
 SCHEMA_VERSION = 1
 
@@ -25,13 +25,7 @@ Count = Annotated[int, Field(ge=0)]
 Text = Annotated[str, Field(min_length=1)]
 
 
-class _Strict(BaseModel):
-    """No unknown keys, no silent conversions, no NaN or infinity, no change after construction."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class PackFeature(_Strict):
+class PackFeature(Strict):
     """One SAE latent of a pack.
 
     Attributes:
@@ -45,14 +39,14 @@ class PackFeature(_Strict):
     note: str = ""
 
 
-class SAERef(_Strict):
+class SAERef(Strict):
     """Where the pack's SAE comes from: the two names that ``mr.load_sae`` takes."""
 
     release: Text
     sae_id: Text
 
 
-class Interval(_Strict):
+class Interval(Strict):
     """A statistic with its 95 % percentile bootstrap interval."""
 
     value: float
@@ -66,7 +60,7 @@ class Interval(_Strict):
         return self
 
 
-class GateTest(_Strict):
+class GateTest(Strict):
     """One test of the gate: its name, whether the pack passed, and why in plain words."""
 
     name: Text
@@ -74,7 +68,7 @@ class GateTest(_Strict):
     sentence: Text
 
 
-class Evidence(_Strict):
+class Evidence(Strict):
     """What was measured on held-out rollouts, and the verdict.
 
     Attributes:
@@ -139,7 +133,7 @@ class Evidence(_Strict):
         return " ".join(test.sentence for test in self.verdict if not test.passed) or "The gate has no verdict."
 
 
-class Calibration(_Strict):
+class Calibration(Strict):
     """What the raw reward looks like, so that packs on different scales can be compared and combined.
 
     Attributes:
@@ -179,7 +173,7 @@ class Calibration(_Strict):
         return np.clip(np.interp(raw, points, ranks, left=0.0, right=1.0), 0.0, 1.0)
 
 
-class Recipe(_Strict):
+class Recipe(Strict):
     """How to find the features of a pack that has none yet.
 
     Attributes:
@@ -190,10 +184,10 @@ class Recipe(_Strict):
 
     behaviour: Text
     contrast: str | list[dict[str, str]]
-    settings: dict[str, str | int | float] = {}
+    settings: dict[str, str | int | float] = Field(default_factory=dict)
 
 
-class FeaturePack(_Strict):
+class FeaturePack(Strict):
     """A pack as its JSON file holds it.
 
     Attributes:
@@ -283,7 +277,7 @@ def read_pack(path: str | Path) -> FeaturePack:
     raw = _read_json(path)
     version = raw.get("schema_version")
     if type(version) is not int or version != SCHEMA_VERSION:  # 1.0 and true equal 1 but are not the version 1
-        found = "no schema_version" if "schema_version" not in raw else f"schema_version {_shown(version)}"
+        found = "no schema_version" if "schema_version" not in raw else f"schema_version {shown(version)}"
         raise PackError(
             f"{path} has {found}, but this release of mechreward reads {SCHEMA_VERSION}: write the pack again with "
             "this release, or install the release that wrote it."
@@ -291,7 +285,7 @@ def read_pack(path: str | Path) -> FeaturePack:
     try:
         return FeaturePack.model_validate(raw)
     except ValidationError as error:
-        raise PackError(f"{path}: {_sentence(error)}") from None
+        raise PackError(f"{path}: {sentence(most_telling(error), FeaturePack, 'pack')}") from None
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -313,52 +307,3 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(key for key in keys if sum(key == other for other, _ in pairs) > 1)
         raise ValueError(f"key '{twice}' occurs twice in one object")
     return keys
-
-
-def _sentence(error: ValidationError) -> str:
-    """The most telling of pydantic's errors as one sentence: a mistyped key before the missing one that it causes."""
-    first = min(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
-    location = first["loc"]
-    key = _shown_location(location)
-    if location[:1] == ("provenance",) and len(location) == 3:  # pydantic appends the type it tried: name the key alone
-        key, value = _shown_location(location[:2]), _shown(first["input"])
-        return f"key '{key}' is {value}, but it should be a text or a finite number; correct it there."
-    match first["type"]:
-        case "extra_forbidden":
-            return f"unknown key '{key}'.{nearest(str(location[-1]), _known_keys(location[:-1]))} Rename or remove it."
-        case "missing":
-            return f"key '{key}' is missing; add it."
-        case "model_type":
-            return f"key '{key}' is {_shown(first['input'])}, but it should be an object of named keys; correct it."
-        case "value_error":
-            says = first["msg"].removeprefix("Value error, ")
-            return f"key '{key}' {says}." if location else f"the pack {says}."
-        case _:
-            wanted = first["msg"].replace("Input should", "it should")
-            return f"key '{key}' is {_shown(first['input'])}, but {wanted}; correct it there."
-
-
-def _shown_location(location: Iterable[int | str]) -> str:
-    """``("features", 3, "weight")`` as ``features[3].weight``."""
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).removeprefix(".")
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _known_keys(location: Iterable[int | str]) -> Iterable[str]:
-    """The keys that the schema allows in the object at a location."""
-    model: type[BaseModel] = FeaturePack
-    for part in location:
-        if isinstance(part, str) and part in model.model_fields:
-            model = _model_in(model.model_fields[part].annotation) or model
-    return model.model_fields
-
-
-def _model_in(annotation: Any) -> type[BaseModel] | None:
-    """The schema class inside ``X``, ``list[X]`` or ``X | None``, if there is one."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next((model for model in map(_model_in, get_args(annotation)) if model), None)
