@@ -309,6 +309,7 @@ def test_a_scaling_that_cancels_the_difficulty_weight_is_warned_of():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warn_if_weight_cancels(hybrid(), "none")
+        warn_if_weight_cancels(hybrid(), "batch")  # one deviation for all groups: their weights stay apart
         warn_if_weight_cancels(hybrid("gated"), "group")
         warn_if_weight_cancels(len, "group")
 

@@ -233,9 +233,9 @@ def _std(features: Tensor) -> Tensor:
 
 def warn_if_weight_cancels(reward: object, scale_rewards: object) -> None:
     """HERO's difficulty weight multiplies a whole group, so dividing by the group's deviation removes it."""
-    if isinstance(reward, CompositeReward) and reward.mode == "hero" and scale_rewards != "none":
+    if isinstance(reward, CompositeReward) and reward.mode == "hero" and scale_rewards == "group":
         warnings.warn(
-            f"scale_rewards='{scale_rewards}' divides by the rewards' standard deviation, which cancels HERO's "
-            "difficulty weight: set scale_rewards='none'.",
+            "scale_rewards='group' divides by the group's standard deviation, which cancels HERO's difficulty weight: "
+            "set scale_rewards='none'.",
             stacklevel=3,
         )
