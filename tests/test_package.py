@@ -50,6 +50,7 @@ def test_wheel_holds_the_model_and_the_catalogs(tmp_path):
         "mechreward/pocket/files/model/model.safetensors",
         "mechreward/pocket/files/saes/topk/sae_weights.safetensors",
         "mechreward/catalogs/pocket/reasoning_pack.json",
+        "mechreward/catalogs/gemma-2-2b/reasoning_pack.json",
         "mechreward/catalogs/gemma-2-9b/reasoning_pack.json",
     ):
         assert needed in names

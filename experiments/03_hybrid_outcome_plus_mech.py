@@ -1,0 +1,23 @@
+"""Experiment 03: GRPO on outcome and features together, and on controls in the features' place.
+
+    python experiments/03_hybrid_outcome_plus_mech.py --config configs/hybrid.yaml
+
+Is it better than the outcome alone, at equal budget? And if so, is it because of these features?
+"""
+
+from mechreward.experiments.config import ExperimentConfig
+from mechreward.experiments.runner import main
+
+
+def fits(config: ExperimentConfig) -> str | None:
+    """Every arm must have both."""
+    wrong = [name for name, arm in config.arms.items() if not arm.outcome or arm.features is None]
+    return (
+        f"arm '{wrong[0]}' lacks outcome or features, but this experiment is about both: use 01 or 02."
+        if wrong
+        else None
+    )
+
+
+if __name__ == "__main__":
+    main(__doc__ or "", fits)

@@ -1,0 +1,282 @@
+"""What each arm rewards: the pack's features, the outcome, and controls that take the features' place."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
+from torch import Tensor
+
+from mechreward import pocket, verifiers
+from mechreward.errors import ConfigError
+from mechreward.experiments.config import Arm, ExperimentConfig, Features
+from mechreward.experiments.data import load
+from mechreward.features.catalog import load_pack
+from mechreward.features.discover import select
+from mechreward.features.pack import FeaturePack, PackFeature
+from mechreward.readout import Readings, Readout, ReadoutBank, Request, direction
+from mechreward.reward.aggregation import Aggregate, aggregation
+from mechreward.reward.base import Reward, Scores
+from mechreward.reward.composition import CompositeReward
+from mechreward.reward.feature_reward import FeatureReward
+from mechreward.reward.outcome import OutcomeReward
+from mechreward.rollout.batch import RolloutBatch
+from mechreward.rollout.hf import read_forward, sample
+from mechreward.sae.handle import SAEHandle
+from mechreward.sae.registry import load_sae
+
+NEIGHBOURS = 20
+"""A random control is drawn from this many latents whose firing rates are nearest to the feature's."""
+
+_ROWS = 16  # rollouts of which every latent is held at once
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """Rollouts of the untrained model on the discovery questions, and what was read on them.
+
+    Attributes:
+        latents: Every SAE latent, aggregated over each rollout, ``[n, d_sae]`` float32.
+        residual: The residual vector at the SAE's hook point, averaged over each rollout's tokens, ``[n, d_model]``.
+        firing: Share of the tokens on which each latent fires, ``[d_sae]`` float32.
+        right: Whether the rollout's answer is right, ``[n]`` bool.
+    """
+
+    latents: NDArray[np.float32]
+    residual: NDArray[np.float32]
+    firing: NDArray[np.float32]
+    right: NDArray[np.bool_]
+
+
+def build(config: ExperimentConfig, arm: Arm, seed: int) -> CompositeReward:
+    """An arm's reward.
+
+    Raises:
+        MechRewardError: A pack, an SAE or the data cannot be had.
+    """
+    parts: list[Reward] = []
+    weights = []
+    if arm.outcome:
+        parts.append(OutcomeReward(getattr(verifiers, config.verifier), gold_column="answer"))
+        weights.append(arm.outcome)
+    if arm.features is not None:
+        parts.append(feature_reward(config, arm.features, seed))
+        weights.append(arm.features.weight)
+    return CompositeReward(parts, weights, mode=arm.mode)
+
+
+def watched(config: ExperimentConfig) -> list[FeatureReward]:
+    """What every arm logs and none is rewarded for by it: readings that arms can be compared by."""
+    return [feature_reward(config, Features(pack=pack), 0, name=pack.split("/")[-1]) for pack in config.watch]
+
+
+def feature_reward(config: ExperimentConfig, features: Features, seed: int, name: str = "features") -> FeatureReward:
+    """The part of an arm's reward that reads activations: a pack's features, or a control in their place."""
+    pack = load_pack(features.pack)
+    sae = load_sae(pack.sae.release, pack.sae.sae_id)
+    if not pack.features:
+        pack = carried_out(pack, prepared(config, pack, sae))
+    ids, weights = [f.id for f in pack.features], [f.weight for f in pack.features]
+    if features.control == "direction":
+        found = prepared(config, pack, sae)
+        readout, weights = contrastive_direction(ids, weights, found, sae, name), [1.0]
+    else:
+        if features.control == "random":
+            ids, weights = random_like(ids, weights, prepared(config, pack, sae), seed)
+        readout = sae.features(ids, name=name)
+    options: dict[str, Any] = {
+        "aggregation": features.aggregation or pack.aggregation,
+        "reads": features.reads,
+        "name": name,
+    }
+    if features.control == "shuffled":
+        return ShuffledReward(readout, weights, seed=seed, **options)
+    return FeatureReward(readout, weights, **options)
+
+
+def carried_out(recipe: FeaturePack, contrast: Contrast) -> FeaturePack:
+    """A recipe's pack, with features by contrast on the discovery rollouts: a candidate that no gate has seen."""
+    settings = {} if recipe.recipe is None else recipe.recipe.settings
+    sizes = {name: int(settings[name]) for name in ("n_positive", "n_negative") if name in settings}
+    ids, weights = select(contrast.latents, contrast.right, **sizes)
+    found = [PackFeature(id=int(i), weight=float(w)) for i, w in zip(ids, weights, strict=True)]
+    return recipe.model_copy(update={"features": found})
+
+
+def random_like(ids: list[int], weights: list[float], contrast: Contrast, seed: int) -> tuple[list[int], list[float]]:
+    """Random latents in place of features: each fires about as often as the one that it replaces, and counts as much.
+
+    A feature's substitute is drawn from the :data:`NEIGHBOURS` latents nearest in (log) firing rate, without the pack's
+    own. Its weight keeps the sign, and w' = w s / s', s the standard deviation over rollouts: |w| s is what the feature
+    contributes to the reward's spread.
+    """
+    rng = np.random.default_rng([seed, 1])
+    spread = contrast.latents.astype(np.float64).std(axis=0)
+    rate = np.log(np.maximum(contrast.firing.astype(np.float64), 1e-9))
+    free = np.flatnonzero((contrast.firing > 0) & (spread > 0) & ~np.isin(np.arange(len(rate)), ids))
+    if len(free) < len(ids):
+        raise ConfigError(
+            f"Only {len(free)} other latents fire on the discovery rollouts: too few for a random control."
+        )
+    chosen, rescaled = [], []
+    for feature, weight in zip(ids, weights, strict=True):
+        nearest = free[np.argsort(np.abs(rate[free] - rate[feature]), kind="stable")[:NEIGHBOURS]]
+        other = int(rng.choice(nearest))
+        free = free[free != other]
+        chosen.append(other)
+        rescaled.append(float(weight * spread[feature] / spread[other]))
+    return chosen, rescaled
+
+
+def contrastive_direction(
+    ids: list[int], weights: list[float], contrast: Contrast, sae: SAEHandle, name: str
+) -> Readout:
+    """The raw difference of means, right minus wrong, without an SAE: r = x . v.
+
+    v = (mean_right - mean_wrong) of the residual, scaled so that r varies over rollouts as the pack's reward does.
+    """
+    x = contrast.residual.astype(np.float64)
+    v = x[contrast.right].mean(axis=0) - x[~contrast.right].mean(axis=0)
+    packs_own = contrast.latents[:, ids].astype(np.float64) @ np.array(weights)
+    v *= packs_own.std() / (x @ v).std()
+    # Minus the mean, so that no token earns by merely being there: a reward summed over tokens would count them.
+    readout = direction(name, torch.tensor(v), sae.hook_point, bias=-float(x.mean(axis=0) @ v))
+    return replace(readout, model_name=sae.model_name)
+
+
+class ShuffledReward(FeatureReward):
+    """A feature reward whose readings are dealt out anew among the rollouts of each group.
+
+    The group's rewards stay what they are as a set; what each says of its own rollout is gone. The deal is decided by
+    the seed and the rollouts' tokens, so that a run that is resumed deals alike.
+    """
+
+    def __init__(self, readout: Readout, weights: list[float], seed: int, **options: Any):
+        super().__init__(readout, weights, **options)
+        self.seed = seed
+
+    def score(self, batch: RolloutBatch, readings: Mapping[Request, Readings], sense: float = 1.0) -> Scores:
+        read = readings[self.request]
+        order = self._deal(batch).to(read.values.device)
+        dealt = Readings(read.values[order], read.mask[order.to(read.mask.device)])
+        return super().score(batch, {self.request: dealt}, sense)
+
+    def _deal(self, batch: RolloutBatch) -> Tensor:
+        tokens = json.dumps([list(map(int, ids)) for ids in batch.completion_ids])
+        rng = np.random.default_rng([self.seed, zlib.crc32(tokens.encode())])
+        groups = np.arange(len(batch)).reshape(-1, batch.num_generations)
+        return torch.tensor(rng.permuted(groups, axis=1).reshape(-1))
+
+
+# -- the discovery rollouts ------------------------------------------------------------------------------------------
+
+
+def prepared(config: ExperimentConfig, pack: FeaturePack, sae: SAEHandle) -> Contrast:
+    """The contrast for a pack's SAE: made once, and kept in the experiment's folder under a hash of what decides it."""
+    decides = {
+        "model": config.model,
+        "verifier": config.verifier,
+        "data": config.model_dump(mode="json")["data"]["discovery"],
+        "discovery": config.discovery.model_dump(mode="json"),
+        "length": config.training.max_completion_length,
+        "temperature": config.training.temperature,
+        "sae": pack.sae.model_dump(mode="json"),
+        "aggregation": _aggregation(pack),
+    }
+    digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
+    file = Path(config.output) / f"contrast-{digest}.safetensors"
+    if not file.exists():
+        found = contrast(config, pack, sae)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = file.with_suffix(f".{os.getpid()}.part")
+        save_file(vars(found), unfinished)
+        unfinished.replace(file)  # another process may be making the same one
+    return Contrast(**load_file(file))
+
+
+def contrast(config: ExperimentConfig, pack: FeaturePack, sae: SAEHandle) -> Contrast:
+    """Sample from the untrained model, verify, and read every latent and the residual stream in one pass."""
+    questions = load(config.data.discovery)
+    model, tokenizer = untrained(config)
+    with torch.random.fork_rng():
+        torch.manual_seed(config.discovery.seed)
+        asked, each = questions["prompt"], config.discovery.rollouts
+        batch = sample(model, tokenizer, asked, each, config.evaluation.batch_size, **sampling(config))
+    golds = [gold for gold in questions["answer"] for _ in range(config.discovery.rollouts)]
+    verdicts = getattr(verifiers, config.verifier)(batch.texts, golds)
+    readable = batch.mask().any(dim=1).tolist()
+    usable = [i for i, verdict in enumerate(verdicts) if verdict is not None and readable[i]]
+    right = np.array([bool(verdicts[i]) for i in usable])
+    if right.all() or not right.any():
+        raise ConfigError(
+            f"{right.sum()} of {len(right)} discovery rollouts are right: contrasting right with wrong needs both. "
+            "Choose easier or harder questions for data.discovery."
+        )
+    width = sae.d_model
+    residual = Readout("residual", tuple(map(str, range(width))), sae.hook_point, torch.eye(width), torch.zeros(width))
+    everything = sae.all_features()
+    bank, aggregate = ReadoutBank([everything, residual]), aggregation(_aggregation(pack))
+    latents, vectors, fired, tokens = [], [], np.zeros(sae.d_sae), 0
+    for start in range(0, len(usable), _ROWS):
+        piece = chosen(batch, usable[start : start + _ROWS])
+        read = read_forward(model, piece, bank)
+        values, mask = read[everything].values, read[everything].mask
+        latents.append(_aggregated(values, mask, aggregate))
+        fired += (values[mask] > 0).sum(dim=0).cpu().numpy()
+        tokens += int(mask.sum())
+        vectors.append(_aggregated(read[residual].values, mask, aggregate))
+    return Contrast(torch.cat(latents).numpy(), torch.cat(vectors).numpy(), (fired / tokens).astype(np.float32), right)
+
+
+def _aggregated(values: Tensor, mask: Tensor, aggregate: Aggregate) -> Tensor:
+    """Each column over each rollout's tokens, ``[B, T, K] -> [B, K]`` on the CPU."""
+    rows, _, columns = values.shape
+    each = values.transpose(1, 2).reshape(rows * columns, -1)
+    return aggregate(each, mask.repeat_interleave(columns, dim=0)).view(rows, columns).cpu()
+
+
+def _aggregation(pack: FeaturePack) -> str:
+    return "mean" if pack.aggregation == "per_token" else pack.aggregation
+
+
+def chosen(batch: RolloutBatch, rows: list[int]) -> RolloutBatch:
+    """Some rollouts of a batch."""
+    return replace(
+        batch,
+        prompts=[batch.prompts[i] for i in rows],
+        completions=[batch.completions[i] for i in rows],
+        prompt_ids=[batch.prompt_ids[i] for i in rows],
+        completion_ids=[batch.completion_ids[i] for i in rows],
+        num_generations=1,
+    )
+
+
+def untrained(config: ExperimentConfig) -> tuple[Any, Any]:
+    """The model that training starts from, and its tokenizer."""
+    path = pocket.resolve(config.model)
+    dtype = torch.bfloat16 if config.training.bf16 else torch.float32
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
+
+
+def sampling(config: ExperimentConfig) -> dict[str, Any]:
+    """How TRL samples rollouts, for `generate`: from the whole distribution at the training temperature."""
+    return {
+        "do_sample": True,
+        "temperature": config.training.temperature,
+        "top_k": 0,
+        "top_p": 1.0,
+        "max_new_tokens": config.training.max_completion_length,
+    }

@@ -1,0 +1,73 @@
+"""Questions for an experiment: from pocket's generator, a local JSONL file, or the Hugging Face hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mechreward import pocket
+from mechreward.errors import ConfigError, nearest
+from mechreward.experiments.config import Source
+from mechreward.extras import require
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+def load(sources: list[Source]) -> Dataset:
+    """The sources' questions, one after the other.
+
+    Returns:
+        Columns ``prompt`` and ``answer``; for pocket also ``solution``, whose steps can be checked.
+
+    Raises:
+        ConfigError: A source cannot be loaded, is empty, or lacks a column that its prompt names.
+    """
+    datasets = require("datasets", "trl")
+    return datasets.concatenate_datasets([_load(source) for source in sources])
+
+
+def _load(source: Source) -> Dataset:
+    rows = _pocket(source) if source.path == pocket.MODEL_ID else _from_datasets(source)
+    where = f"{source.path} ({source.split})"
+    for column in source.columns:
+        if column not in rows.column_names:
+            there, meant = ", ".join(rows.column_names), nearest(column, rows.column_names)
+            raise ConfigError(
+                f"{where} has no column '{column}', which the configuration names; it has {there}.{meant}"
+            )
+    if source.rows is not None:
+        rows = rows.select(range(min(source.rows, len(rows))))
+    if len(rows) == 0:
+        raise ConfigError(f"{where} has no rows: check its split.")
+
+    def question(row: dict[str, Any]) -> dict[str, str]:
+        kept = {"prompt": source.prompt.format(**row), "answer": str(row[source.answer])}
+        return kept | ({"solution": row["solution"]} if source.path == pocket.MODEL_ID else {})
+
+    return rows.map(question, remove_columns=rows.column_names, load_from_cache_file=False)
+
+
+def _pocket(source: Source) -> Dataset:
+    if source.rows is None:
+        raise ConfigError(f"{source.path} makes questions without end: say how many with `rows`.")
+    return pocket.dataset(source.split, source.rows)  # pyright: ignore[reportArgumentType] (it checks the split)
+
+
+def _from_datasets(source: Source) -> Dataset:
+    datasets = require("datasets", "trl")
+    where = f"{source.path} ({source.split})"
+    try:
+        if source.path.endswith((".jsonl", ".json")):
+            if not Path(source.path).is_file():
+                raise ConfigError(f"There is no file {source.path}: paths are relative to the folder you start from.")
+            return datasets.load_dataset("json", data_files={"train": source.path}, split=source.split)
+        return datasets.load_dataset(source.path, source.subset, split=source.split)
+    except ConfigError:
+        raise
+    except Exception as error:  # `datasets` has no base class for what can go wrong: network, names, formats
+        said = " ".join(str(error).split())
+        raise ConfigError(
+            f"{where} cannot be loaded ({type(error).__name__}: {said[:200]}): check its path, subset and split, and "
+            "the network, or download it and give a local .jsonl file."
+        ) from error

@@ -1,0 +1,430 @@
+"""Carrying an experiment out: every arm with every seed, each run in a folder of its own, from which it can go on.
+
+A run's folder holds ``config.yaml`` (what decides the run), ``environment.json`` (what it ran on), ``metrics.jsonl``
+(TRL's log of each step), ``evaluations.jsonl``, ``samples.jsonl`` (every evaluated rollout), and at the end ``model/``
+and ``summary.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+import yaml
+
+from mechreward import pocket, verifiers
+from mechreward.errors import ConfigError, MechRewardError, nearest
+from mechreward.experiments import arms, data
+from mechreward.experiments.config import ExperimentConfig, read_config
+from mechreward.extras import require
+from mechreward.integrations.trl_grpo import STATE_FILE, MechRewardGRPOConfig, MechRewardGRPOTrainer
+from mechreward.pocket.questions import step_accuracy
+from mechreward.reward.feature_reward import FeatureReward
+from mechreward.rollout.hf import HFSource, sample
+
+PACKAGES = ("mechreward", "torch", "transformers", "trl", "accelerate", "datasets", "peft", "math-verify")
+
+
+# -- one run ----------------------------------------------------------------------------------------------------------
+
+
+def run(config: ExperimentConfig, arm: str, seed: int, tell: Callable[[str], None] = print) -> Path:
+    """Train one arm with one seed, or go on where it was interrupted; a finished run is left as it is.
+
+    Args:
+        config: The experiment.
+        arm: Name of one of its arms.
+        seed: Decides the order of questions and the sampling.
+        tell: Called with a line at each evaluation.
+
+    Returns:
+        The run's folder.
+
+    Raises:
+        ConfigError: The folder holds a run of another configuration, or the run is started on several processes.
+        MechRewardError: The model, the data or a pack cannot be had.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("Experiments run in one process: start them with python, not with torchrun or accelerate.")
+    folder = Path(config.output) / arm / f"seed-{seed}"
+    claim(folder, config.run(arm, seed))
+    if (folder / "summary.json").exists():
+        tell(f"{arm}, seed {seed}: finished before, in {folder}")
+        return folder
+    torch.manual_seed(seed)
+    questions, test = data.load(config.data.train), test_questions(config, seed)
+    watched = arms.watched(config)
+    trainer = MechRewardGRPOTrainer(
+        model=pocket.resolve(config.model),
+        args=_trl_config(config, arm, seed, folder),
+        train_dataset=questions,
+        reward_funcs=arms.build(config, config.arms[arm], seed),
+        monitors=watched,
+        peft_config=_lora(config),
+    )
+    trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
+    checkpoint = _last_checkpoint(folder)
+    _forget_after(folder, 0 if checkpoint is None else _step_of(checkpoint), keep_start=checkpoint is not None)
+    recorder = Recorder(folder, f"{arm}, seed {seed}", config, trainer, test, watched, tell)
+    trainer.add_callback(recorder)
+    _write_json(folder / "environment.json", environment())
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    trainer.save_model(str(folder / "model"))
+    _write_json(folder / "summary.json", {"steps": trainer.state.global_step, **recorder.last})
+    for leftover in folder.glob("checkpoint-*"):
+        shutil.rmtree(leftover)
+    return folder
+
+
+def test_questions(config: ExperimentConfig, seed: int) -> Any:
+    """The seed's own draw of the test questions, with ``number``, by which arms are paired."""
+    test = data.load(config.data.test)
+    wanted = min(config.evaluation.questions or len(test), len(test))
+    numbers = sorted(np.random.default_rng(seed).choice(len(test), wanted, replace=False).tolist())
+    return test.select(numbers).add_column("number", numbers)
+
+
+def claim(folder: Path, decides: dict[str, Any]) -> None:
+    """Make the run's folder, or make sure that what lies there is this very run.
+
+    Raises:
+        ConfigError: It is another one.
+    """
+    file = folder / "config.yaml"
+    if not file.exists():
+        if folder.exists() and any(folder.iterdir()):
+            raise ConfigError(f"{folder} holds files but no config.yaml: empty it, or choose another `output`.")
+        folder.mkdir(parents=True, exist_ok=True)
+        file.write_text(yaml.safe_dump(decides, sort_keys=False), encoding="utf-8")
+        return
+    there = yaml.safe_load(file.read_text(encoding="utf-8"))
+    if there != decides:
+        key, old, new = _first_difference(there, decides)
+        raise ConfigError(
+            f"{folder} holds a run of another configuration: {key} is {old!r} there and {new!r} here. Choose another "
+            "`output`, or delete that folder."
+        )
+
+
+def _first_difference(old: Any, new: Any, key: str = "") -> tuple[str, Any, Any]:
+    """Where two configurations first differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        name = next(k for k in [*new, *old] if old.get(k) != new.get(k))
+        return _first_difference(old.get(name), new.get(name), f"{key}.{name}".lstrip("."))
+    return key, old, new
+
+
+def _trl_config(config: ExperimentConfig, arm: str, seed: int, folder: Path) -> MechRewardGRPOConfig:
+    t = config.training
+    return MechRewardGRPOConfig(
+        output_dir=str(folder),
+        seed=seed,
+        max_steps=t.max_steps,
+        per_device_train_batch_size=t.prompts_per_step * t.num_generations // t.gradient_accumulation_steps,
+        gradient_accumulation_steps=t.gradient_accumulation_steps,
+        num_generations=t.num_generations,
+        max_completion_length=t.max_completion_length,
+        learning_rate=t.learning_rate,
+        lr_scheduler_type=t.lr_scheduler_type,
+        warmup_steps=t.warmup_steps,
+        beta=t.beta,
+        temperature=t.temperature,
+        gradient_checkpointing=t.gradient_checkpointing,
+        bf16=t.bf16,
+        model_init_kwargs={"dtype": "bfloat16" if t.bf16 else "float32"},
+        scale_rewards=config.arms[arm].scale_rewards,
+        use_cpu=not torch.cuda.is_available(),
+        logging_steps=1,
+        save_steps=config.evaluation.every,
+        save_total_limit=2,  # the last may be cut off in the middle
+        report_to=[],
+        disable_tqdm=True,
+    )
+
+
+def _lora(config: ExperimentConfig) -> Any:
+    if config.training.lora_rank is None:
+        return None
+    from peft import LoraConfig
+
+    rank = config.training.lora_rank
+    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def _last_checkpoint(folder: Path) -> Path | None:
+    """The last checkpoint that is whole: our own file is written last."""
+    whole = [c for c in folder.glob("checkpoint-*") if (c / STATE_FILE).exists()]
+    for broken in set(folder.glob("checkpoint-*")) - set(whole):
+        shutil.rmtree(broken)
+    return max(whole, key=_step_of, default=None)
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.split("-")[1])
+
+
+def _forget_after(folder: Path, step: int, keep_start: bool) -> None:
+    """Drop what was recorded after the checkpoint: it is about to be computed again."""
+    for name in ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl"):
+        file = folder / name
+        if not file.exists():
+            continue
+        kept = [r for r in read_jsonl(file) if r["step"] <= step] if keep_start else []
+        unfinished = file.with_suffix(".part")
+        unfinished.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
+        unfinished.replace(file)
+
+
+def read_jsonl(file: Path) -> list[dict[str, Any]]:
+    """The records of a JSONL file; a last line that was cut off is left out."""
+    records = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def environment() -> dict[str, Any]:
+    """What the run ran on; no names of machines or people."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    return {
+        "python": platform.python_version(),
+        "packages": {name: importlib.metadata.version(name) for name in PACKAGES if _installed(name)},
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "system": platform.system(),
+    }
+
+
+def _installed(name: str) -> bool:
+    try:
+        return bool(importlib.metadata.version(name))
+    except importlib.metadata.PackageNotFoundError:
+        return False
+
+
+# -- what is recorded -------------------------------------------------------------------------------------------------
+
+
+class Recorder(transformers.TrainerCallback):
+    """Writes TRL's metrics at every step, and evaluates before the first, every so often, and after the last."""
+
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        config: ExperimentConfig,
+        trainer: MechRewardGRPOTrainer,
+        test: Any,
+        watched: Sequence[FeatureReward],
+        tell: Callable[[str], None],
+    ):
+        self.folder, self.name, self.config, self.trainer = folder, name, config, trainer
+        self.test, self.watched, self.tell = test, watched, tell
+        self.last: dict[str, Any] = {}
+        self.began = time.monotonic()
+        self.step_began = 0.0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step == 0:
+            self.evaluate(0)
+        self.began, self.first = time.monotonic(), state.global_step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.step_began = time.monotonic()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.seconds = time.monotonic() - self.step_began
+        done = state.global_step
+        if done % self.config.evaluation.every == 0 or done == state.max_steps:
+            self.evaluate(done)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if logs and "reward" in logs:
+            self._append("metrics.jsonl", [{"step": state.global_step, **logs, "seconds": self.seconds}])
+
+    def evaluate(self, step: int) -> None:
+        """Sample on the test questions, and greedily too at the end."""
+        model, tokenizer = self._model(), self.trainer.processing_class
+        rows, figures = evaluate(model, tokenizer, self.test, self.config, self.watched, self.trainer.args.seed)
+        if step == self.config.training.max_steps:
+            _, greedy = evaluate(model, tokenizer, self.test, self.config, [], seed=0, do_sample=False)
+            figures["greedy_accuracy"] = greedy["accuracy"]
+        self._append("samples.jsonl", [{"step": step, **row} for row in rows])
+        self._append("evaluations.jsonl", [{"step": step, **figures}])
+        self.last = figures
+        self.tell(f"{self.name}, step {step:>3}: {figures['accuracy']:.3f} right{self._time_left(step)}")
+
+    def _time_left(self, step: int) -> str:
+        if step == 0 or step <= self.first:
+            return ""
+        per_step = (time.monotonic() - self.began) / (step - self.first)
+        left = per_step * (self.config.training.max_steps - step)
+        return f", about {left / 60:.0f} min left" if left > 0 else ""
+
+    def _model(self) -> Any:
+        return self.trainer.accelerator.unwrap_model(self.trainer.model)
+
+    def _append(self, name: str, records: list[dict[str, Any]]) -> None:
+        with (self.folder / name).open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(record) + "\n" for record in records)
+
+
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    test: Any,
+    config: ExperimentConfig,
+    watched: Sequence[FeatureReward],
+    seed: int,
+    do_sample: bool = True,
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """One rollout for each test question.
+
+    The seed is the same at every step and in every arm, and training's own random numbers are left as they were.
+
+    Returns:
+        A record for each rollout (question's number, completion, right, tokens, ended, readings, and where steps can be
+        checked right_steps, the share of the solution's steps that it makes), and their means.
+    """
+    training = model.training
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        batch = sample(
+            model.eval(),
+            tokenizer,
+            test["prompt"],
+            1,
+            config.evaluation.batch_size,
+            **{**arms.sampling(config), **({} if do_sample else {"do_sample": False, "temperature": None})},
+        )
+    readings = {
+        reward.__name__: reward(
+            batch.prompts, batch.completions, batch.completion_ids, source=HFSource(model, tokenizer)
+        )
+        for reward in watched
+    }
+    model.train(training)
+    verdicts = getattr(verifiers, config.verifier)(batch.texts, test["answer"])
+    solutions: list[Any] = test["solution"] if "solution" in test.column_names else [None] * len(batch)
+    rows = []
+    for i, (text, ids) in enumerate(zip(batch.texts, batch.completion_ids, strict=True)):
+        row: dict[str, Any] = {
+            "question": test["number"][i],
+            "completion": text,
+            "right": verdicts[i] is True,
+            "tokens": len(ids),
+            "ended": ids[-1] in batch.eos_token_ids if len(ids) else False,
+            **{name: values[i] for name, values in readings.items()},
+        }
+        if solutions[i] is not None:
+            row["right_steps"] = step_accuracy(text, solutions[i])
+        rows.append(row)
+    figures = {"accuracy": _mean([row["right"] for row in rows]), "tokens": _mean([row["tokens"] for row in rows])}
+    figures["truncated"] = 1 - _mean([row["ended"] for row in rows])
+    for name in [*readings, "right_steps"]:
+        known = [row[name] for row in rows if row.get(name) is not None]
+        if known:
+            figures[name] = _mean(known)
+    return rows, figures
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+# -- an experiment ----------------------------------------------------------------------------------------------------
+
+
+def main(about: str, fits: Callable[[ExperimentConfig], str | None]) -> None:
+    """The command line of ``experiments/01`` to ``03``.
+
+    Args:
+        about: The script's docstring.
+        fits: What is wrong with a configuration for this experiment, in words, or None.
+    """
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, type=Path, help="the experiment's YAML file")
+    parser.add_argument("--arm", action="append", help="only this arm (may be repeated); default: all")
+    parser.add_argument("--seed", action="append", type=int, help="only this seed (may be repeated); default: all")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each in a process of its own (default 1)")
+    parser.add_argument("--debug", action="store_true", help="show where an error comes from")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    require("datasets", "trl").disable_progress_bars()
+    logging.getLogger("mechreward").setLevel(logging.ERROR)
+    try:
+        config = read_config(options.config)
+        if (wrong := fits(config)) is not None:
+            raise ConfigError(f"{options.config}: {wrong}")
+        grid = chosen_runs(config, options.arm, options.seed)
+        if options.jobs == 1 or len(grid) == 1:
+            for arm, seed in grid:
+                run(config, arm, seed)
+        else:
+            _in_processes(options, config, grid)
+    except MechRewardError as error:
+        if options.debug:
+            raise
+        sys.exit(f"Error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\nInterrupted. The same command goes on from the last checkpoint.")
+    print(f"Runs: {Path(config.output).resolve()}. Compare them: python experiments/compare.py {config.output}")
+
+
+def chosen_runs(config: ExperimentConfig, only: list[str] | None, seeds: list[int] | None) -> list[tuple[str, int]]:
+    """The runs to make, all arms of a seed before the next seed.
+
+    Raises:
+        ConfigError: An arm or a seed that the configuration does not have.
+    """
+    for arm in only or []:
+        if arm not in config.arms:
+            raise ConfigError(
+                f"There is no arm '{arm}'; there are {', '.join(config.arms)}.{nearest(arm, config.arms)}"
+            )
+    for seed in seeds or []:
+        if seed not in config.seeds:
+            raise ConfigError(f"The configuration has no seed {seed}: it has {', '.join(map(str, config.seeds))}.")
+    return [(arm, seed) for seed in seeds or config.seeds for arm in only or config.arms]
+
+
+def _in_processes(options: argparse.Namespace, config: ExperimentConfig, grid: list[tuple[str, int]]) -> None:
+    """Every run in a process of its own, so many at a time; the cores are shared out among them."""
+    threads = max(1, (os.cpu_count() or 1) // options.jobs)
+    surroundings = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+
+    def one(which: tuple[str, int]) -> int:
+        arm, seed = which
+        command = [sys.executable, sys.argv[0], "--config", str(options.config), "--arm", arm, "--seed", str(seed)]
+        return subprocess.run([*command, *(["--debug"] if options.debug else [])], env=surroundings).returncode
+
+    with ThreadPoolExecutor(options.jobs) as pool:
+        failed = [which for which, code in zip(grid, pool.map(one, grid), strict=True) if code]
+    if failed:
+        names = ", ".join(f"{arm} seed {seed}" for arm, seed in failed)
+        raise MechRewardError(f"{len(failed)} of {len(grid)} runs failed ({names}): see above.")
