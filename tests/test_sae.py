@@ -302,7 +302,7 @@ def test_gpt2_release_with_centered_weights(served):
         ("qqqqqq", "x", ["no release 'qqqqqq'"]),
         ("gemma-scope-2b-pt-mlp-canonical", "layer_0/width_16k/canonical", ["residual stream"]),
         ("gemma-scope-2b-pt-res", "embedding/width_4k/average_l0_6", ["embedding"]),
-        ("llama_scope_lxr_8x", "l0r_8x", ["llama_scope"]),
+        ("temporal-sae-gemma-2-2b", "blocks.12.hook_resid_post", ["'temporal'"]),
         (None, None, ["release=", "path="]),
         ("gpt2-small-res-jb", None, ["sae_id="]),
     ],

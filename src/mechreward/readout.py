@@ -96,19 +96,20 @@ class Nonlinearity:
     Attributes:
         kind: ``"identity"`` (probes, directions) z; ``"sigmoid"``; ``"relu"`` max(z, 0);
             ``"jumprelu"`` max(z, 0) 1[z > threshold]; ``"topk"`` keeps the k largest z of a token, then max(z, 0);
+            ``"groupmax"`` keeps the largest of each of k groups of neighbours, then max(z, 0);
             ``"gated"`` 1[z + b_gate > 0] max(z exp(r_mag) + b_mag, 0).
         parameters: ``threshold``, or ``b_gate``, ``r_mag`` and ``b_mag``, each ``[columns]`` float32.
-        k: For ``"topk"``.
+        k: For ``"topk"`` and ``"groupmax"``.
     """
 
-    kind: Literal["identity", "sigmoid", "relu", "jumprelu", "gated", "topk"]
+    kind: Literal["identity", "sigmoid", "relu", "jumprelu", "gated", "topk", "groupmax"]
     parameters: dict[str, Tensor]
     k: int = 0
 
     @property
     def sliceable(self) -> bool:
         """Whether a column's activation can be computed without the other columns."""
-        return self.kind != "topk"
+        return self.kind not in ("topk", "groupmax")
 
     def columns(self, ids: Tensor) -> Nonlinearity:
         """The same function on fewer columns."""
@@ -130,6 +131,10 @@ class Nonlinearity:
         if self.kind == "topk":
             values, index = z.topk(self.k, dim=-1, sorted=False)
             return torch.zeros_like(z).scatter_(-1, index, values.relu())
+        if self.kind == "groupmax":
+            groups = z.unflatten(-1, (self.k, -1))
+            values, index = groups.max(dim=-1, keepdim=True)
+            return torch.zeros_like(groups).scatter_(-1, index, values.relu()).flatten(-2)
         return z
 
 

@@ -3,36 +3,40 @@
 from __future__ import annotations
 
 import json
+import math
 import re
-import zipfile
-from collections.abc import Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal
 
-import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mechreward.errors import SAEError
-from mechreward.readout import HookPoint, InputTransform, Nonlinearity
+from mechreward.readout import RAW_INPUT, HookPoint, InputTransform, Nonlinearity
 from mechreward.sae.handle import EncoderColumns, SAEHandle
+from mechreward.sae.readers import NpzReader, Reader, Renamed, SafetensorsReader, TorchReader, brief
 
 
 def open_path(path: Path) -> SAEHandle:
-    """Load a local sparse autoencoder: a SAELens folder, or a Gemma Scope ``params.npz`` (or its folder).
+    """Load a local sparse autoencoder; which publisher's format it is shows in the names of its files.
 
     Raises:
         SAEError: There is none, its format is not known, or it is damaged.
     """
-    if path.suffix in {".pt", ".pth", ".pkl", ".bin", ".pickle"}:
+    if path.name.endswith(".sae.pt"):
+        return qwen_scope(path)
+    if path.suffix in (".pt", ".pth"):
+        return goodfire(path)
+    if path.suffix in (".pkl", ".bin", ".pickle"):
         raise SAEError(f"{path} is a pickle, which can run code when it is loaded: convert it to safetensors first.")
-    if path.suffix == ".npz" or (path / "params.npz").exists():
-        return gemma_scope(path if path.suffix == ".npz" else path / "params.npz")
-    if (path / "cfg.json").exists():
-        return saelens(path)
-    raise SAEError(f"No sparse autoencoder in {path}: expected cfg.json with sae_weights.safetensors, or params.npz.")
+    if path.suffix == ".npz":
+        return gemma_scope(path)
+    for file, load in _BY_FILE.items():
+        if (path / file).exists():
+            return load(path)
+    *others, last = _BY_FILE
+    raise SAEError(f"No sparse autoencoder in {path}: expected one of the files {', '.join(others)} or {last}.")
 
 
 def saelens(
@@ -58,9 +62,9 @@ def saelens(
         hook_point, norm = HookPoint.parse(config["hook_name"]), config["normalize_activations"]
         d_model, d_sae = int(config["d_in"]), int(config["d_sae"])
         k = int(config["k"]) if config["architecture"] == "topk" else 0
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, OverflowError) as error:
         raise SAEError(
-            f"{folder / 'cfg.json'} is not a SAELens configuration ({_brief(error)}): fetch it again."
+            f"{folder / 'cfg.json'} is not a SAELens configuration ({brief(error)}): fetch it again."
         ) from error
     kind = {"standard": "relu", "jumprelu": "jumprelu", "topk": "topk", "gated": "gated"}.get(config["architecture"])
     if kind is None:
@@ -77,7 +81,7 @@ def saelens(
         scale = None
     if norm not in ("none", "constant_norm_rescale", "layer_norm"):
         raise SAEError(f"{folder} normalises its input by '{norm}', which can't be read: fold it into the weights.")
-    read = _SafetensorsReader(folder / "sae_weights.safetensors")
+    read = SafetensorsReader(folder / "sae_weights.safetensors")
     _check_shape(folder, read, d_model, d_sae)
     shift = read("b_dec") if config["apply_b_dec_to_input"] else None
 
@@ -128,11 +132,6 @@ def _version_6(config: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-def _brief(error: Exception) -> str:
-    """An error in one line: some quote the whole file."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
-
-
 def gemma_scope(
     file: Path, hook_point: HookPoint | None = None, model_name: str | None = None, name: str | None = None
 ) -> SAEHandle:
@@ -142,109 +141,359 @@ def gemma_scope(
     (Lieberum et al. 2024, arXiv 2408.05147, section 2).
     """
     if hook_point is None:
-        layer = re.search(r"layer_(\d+)", str(file))
-        if layer is None:
-            raise SAEError(f"{file} does not say its layer: keep Gemma Scope's folders (layer_22/width_16k/...).")
-        hook_point = HookPoint(int(layer[1]))
-    read = _NpzReader(file)
+        _is_residual(file)
+        hook_point = _layer_in(file, r"layer_(\d+)")
+    read = NpzReader(file)
+    return _handle(
+        file, read, "jumprelu", hook_point, model_name, name, parameters=_thresholds(read), vectors=("threshold",)
+    )
+
+
+def gemma_scope_2(folder: Path, model_name: str | None = None, name: str | None = None) -> SAEHandle:
+    """Gemma Scope 2: ``params.safetensors`` with w_enc [d, n], b_enc, threshold, w_dec [n, d], b_dec; as Gemma Scope.
+
+    Source: SAELens' ``gemma_3_sae_huggingface_loader``; the technical report gives the same JumpReLU.
+    """
+    config = _json(folder / "config.json") if (folder / "config.json").exists() else {}
+    if config.get("architecture", "jump_relu") != "jump_relu":
+        raise SAEError(f"{folder} holds a '{config['architecture']}' SAE: jump_relu can be read.")
+    layer = re.fullmatch(r"model\.layers\.(\d+)\.output", str(config.get("hf_hook_point_in", "")))
+    if "hf_hook_point_in" in config and layer is None:
+        raise SAEError(f"{folder} reads {config['hf_hook_point_in']}, not the residual stream after a layer.")
+    if layer is None:
+        _is_residual(folder)
+    hook_point = HookPoint(int(layer[1])) if layer else _layer_in(folder, r"layer_(\d+)")
+    names = {"W_enc": "w_enc", "W_dec": "w_dec"}
+    read = Renamed(SafetensorsReader(folder / "params.safetensors"), names)
+    model_name = model_name or config.get("model_name")
+    return _handle(
+        folder, read, "jumprelu", hook_point, model_name, name, parameters=_thresholds(read), vectors=("threshold",)
+    )
+
+
+_LINEAR = {
+    "W_enc": "encoder.weight",
+    "b_enc": "encoder.bias",
+    "W_dec": "decoder.weight",
+    "b_dec": "decoder.bias",
+}
+"""The names that two ``torch.nn.Linear`` give; their weights are [out, in], the other way round from ours."""
+
+
+def llama_scope(folder: Path, name: str | None = None) -> SAEHandle:
+    """Llama Scope: ``hyperparams.json`` and ``checkpoints/final.safetensors``, trained on scaled activations.
+
+    f = max(z, 0) 1[z > T s],  z = W_enc (s x) + b_enc,  s = sqrt(d) / (average norm of x)  (He et al. 2024, arXiv
+    2410.20526, and SAELens' ``llama_scope_sae_huggingface_loader``, which scales the threshold so). The authors' own
+    code multiplies z by the decoder columns' norms where ``sparsity_include_decoder_norm`` is set.
+    """
+    config = _json(folder / "hyperparams.json")
+    try:
+        d_model, d_sae = int(config["d_model"]), int(config["d_sae"])
+        scale = math.sqrt(d_model) / float(config["dataset_average_activation_norm"]["in"])
+        threshold = float(config["jump_relu_threshold"]) * scale
+        hook_point = HookPoint.parse(str(config["hook_point_in"]))
+        with_norm = bool(config.get("sparsity_include_decoder_norm", False))
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+        raise SAEError(
+            f"{folder / 'hyperparams.json'} is not Llama Scope's ({brief(error)}): fetch it again."
+        ) from error
+    read = Renamed(SafetensorsReader(folder / "checkpoints" / "final.safetensors"), _LINEAR, ("W_enc", "W_dec"))
+    return _handle(
+        folder,
+        read,
+        "jumprelu",
+        hook_point,
+        "meta-llama/Llama-3.1-8B",
+        name,
+        transform=InputTransform(scale=scale),
+        parameters=lambda ids: {"threshold": torch.full((d_sae if ids is None else len(ids),), threshold)},
+        with_decoder_norm=with_norm,
+        shape=(d_model, d_sae),
+    )
+
+
+def llama_scope_r1(
+    folder: Path, scale: float | None = None, model_name: str | None = None, name: str | None = None
+) -> SAEHandle:
+    """Llama Scope R1-Distill: ``config.json`` and ``sae_weights.safetensors``; thresholds are stored as logarithms.
+
+    f = max(z, 0) 1[z > exp(log_jumprelu_threshold)],  z = W_enc (s x) + b_enc  (SAELens' loader of that name).
+
+    Args:
+        folder: Where the two files are.
+        scale: s, if known better than by ``config.json`` (SAELens' registry holds it).
+        model_name: The model whose activations it was trained on.
+        name: What to call it.
+    """
+    config = _json(folder / "config.json")
+    try:
+        hook_point = HookPoint.parse(str(config["hook_point_in"]))
+        if scale is None:
+            norm = float(config["dataset_average_activation_norm"]["in"])
+            scale = math.sqrt(int(config["d_model"])) / norm
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+        raise SAEError(
+            f"{folder / 'config.json'} does not say where it reads, or how its input is scaled ({brief(error)})."
+        ) from error
+    read = Renamed(SafetensorsReader(folder / "sae_weights.safetensors"), _LINEAR, ("W_enc", "W_dec"))
+    return _handle(
+        folder,
+        read,
+        "jumprelu",
+        hook_point,
+        model_name,
+        name,
+        transform=InputTransform(scale=scale),
+        parameters=lambda ids: {"threshold": read("log_jumprelu_threshold", ids).exp()},
+        vectors=("log_jumprelu_threshold",),
+    )
+
+
+def goodfire(file: Path, model_name: str | None = None, name: str | None = None) -> SAEHandle:
+    """Goodfire (and Qresearch, who leave out ``_linear``): two linear layers. f = max(W_enc x + b_enc, 0)."""
+    stored = TorchReader(file)
+    hook_point = _layer_in(file, r"[-_/]l(\d+)(?:\D|$)")
+    suffix = "_linear" if "encoder_linear.weight" in stored.names else ""
+    names = {ours: theirs.replace(".", f"{suffix}.") for ours, theirs in _LINEAR.items()}
+    return _handle(file, Renamed(stored, names, ("W_enc", "W_dec")), "relu", hook_point, model_name, name)
+
+
+def qwen_scope(file: Path, k: int | None = None, model_name: str | None = None, name: str | None = None) -> SAEHandle:
+    """Qwen Scope: ``layer{n}.sae.pt`` with W_enc [n, d], b_enc, W_dec [d, n], b_dec; topk(W_enc x + b_enc), then ReLU.
+
+    k stands in the repository's name alone (``...-L0_50``).
+    """
+    if k is None:
+        found = re.findall(r"L0_(\d+)", str(file))
+        if not found:
+            raise SAEError(f"{file} does not say its k: keep Qwen Scope's folder name (SAE-Res-...-L0_50).")
+        k = int(found[-1])
+    read = Renamed(TorchReader(file), {}, ("W_enc", "W_dec"))
+    return _handle(file, read, "topk", _layer_in(file, r"layer(\d+)\.sae\.pt"), model_name, name, k=k)
+
+
+def dictionary_learning(folder: Path, model_name: str | None = None, name: str | None = None) -> SAEHandle:
+    """dictionary_learning (Marks et al.): ``config.json`` and ``ae.pt``; formulas: its ``dictionary.py``.
+
+    standard: max(z, 0); TopK: topk(max(z, 0)); BatchTopK and Matryoshka at inference: max(z, 0) 1[z > threshold], one
+    threshold for all; gated: 1[z + gate_bias > 0] max(z exp(r_mag) + mag_bias, 0); in all of these
+    z = W_enc (x - b_dec) + b_enc. JumpReLU: max(z, 0) 1[z > threshold], z = W_enc x + b_enc.
+    """
+    try:
+        trainer = _json(folder / "config.json")["trainer"]
+        class_name, layer = str(trainer["dict_class"]), int(trainer["layer"])
+        k = int(trainer["k"]) if class_name == "AutoEncoderTopK" else 0
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise SAEError(
+            f"{folder / 'config.json'} is not dictionary_learning's ({brief(error)}): fetch it again."
+        ) from error
+    if "resid" not in str(trainer.get("submodule_name") or "resid"):
+        raise SAEError(f"{folder} reads {trainer['submodule_name']}, not the residual stream.")
+    if class_name not in _DICTIONARY_CLASSES:
+        raise SAEError(f"{folder} holds a '{class_name}': {', '.join(_DICTIONARY_CLASSES)} can be read.")
+    kind, subtracts, names = _DICTIONARY_CLASSES[class_name]
+    read = Renamed(TorchReader(folder / "ae.pt"), names, ("W_enc", "W_dec") if "W_enc" in names else ())
+    width = (*read.shape("W_enc"), 0, 0)[1]
+
+    def threshold(ids: list[int] | None) -> dict[str, Tensor]:
+        if read.shape("threshold") == ():  # one for all
+            return {"threshold": read("threshold").expand(width if ids is None else len(ids)).clone()}
+        return {"threshold": read("threshold", ids)}
+
+    def gates(ids: list[int] | None) -> dict[str, Tensor]:
+        return {part: read(part, ids) for part in ("b_gate", "r_mag", "b_mag")}
+
+    return _handle(
+        folder,
+        read,
+        kind,
+        HookPoint(layer),
+        model_name or trainer.get("lm_name"),
+        name,
+        transform=InputTransform(shift=read("b_dec")) if subtracts else RAW_INPUT,
+        parameters={"jumprelu": threshold, "gated": gates}.get(kind, _nothing),
+        k=k,
+        has_bias=kind != "gated",
+        vectors={"jumprelu": ("threshold",), "gated": ("b_gate", "r_mag", "b_mag")}.get(kind, ()),
+        one_threshold=True,
+    )
+
+
+Kind = Literal["relu", "jumprelu", "topk", "groupmax", "gated"]
+
+_DICTIONARY_CLASSES: dict[str, tuple[Kind, bool, dict[str, str]]] = {
+    # nonlinearity; whether b_dec is subtracted from the input; names
+    "AutoEncoder": ("relu", True, _LINEAR | {"b_dec": "bias"}),
+    "AutoEncoderTopK": ("topk", True, _LINEAR | {"b_dec": "b_dec"}),
+    "BatchTopKSAE": ("jumprelu", True, _LINEAR | {"b_dec": "b_dec"}),
+    "MatryoshkaBatchTopKSAE": ("jumprelu", True, {}),
+    "JumpReluAutoEncoder": ("jumprelu", False, {}),
+    "GatedAutoEncoder": (
+        "gated",
+        True,
+        _LINEAR | {"b_dec": "decoder_bias", "b_gate": "gate_bias", "b_mag": "mag_bias"},
+    ),
+}
+
+
+def sparsify(folder: Path, model_name: str | None = None, name: str | None = None) -> SAEHandle:
+    """EleutherAI's sparsify: ``cfg.json`` and ``sae.safetensors`` with encoder.weight [n, d], W_dec [n, d], b_dec.
+
+    topk(max(z, 0)), or the largest of each of k groups (``groupmax``); z = W_enc (x - b_dec) + b_enc  (its
+    ``sparse_coder.py`` and ``fused_encoder.py``). SAELens 6.54 reads these files wrongly: it transposes W_dec, and does
+    not subtract b_dec.
+    """
+    config = _json(folder / "cfg.json")
+    activation = str(config.get("activation", "topk"))
+    if activation not in ("topk", "groupmax") or config.get("signed") or config.get("transcode"):
+        raise SAEError(
+            f"{folder} is a signed SAE, a transcoder or a '{activation}' SAE: topk and groupmax can be read."
+        )
+    if not re.search(r"layers[._]\d+$", folder.name):
+        raise SAEError(
+            f"{folder} does not name a layer's output: sparsify calls the residual stream after one layers.15."
+        )
+    read = Renamed(
+        SafetensorsReader(folder / "sae.safetensors"), _LINEAR | {"W_dec": "W_dec", "b_dec": "b_dec"}, ("W_enc",)
+    )
+    try:
+        k = int(config["k"])
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise SAEError(f"{folder / 'cfg.json'} has no k ({brief(error)}): fetch it again.") from error
+    return _handle(
+        folder,
+        read,
+        activation,  # pyright: ignore[reportArgumentType] (one of two)
+        _layer_in(folder, r"layers[._](\d+)$"),
+        model_name,
+        name,
+        transform=InputTransform(shift=read("b_dec")),
+        k=k,
+    )
+
+
+_BY_FILE: dict[str, Callable[[Path], SAEHandle]] = {
+    "params.npz": lambda folder: gemma_scope(folder / "params.npz"),
+    "params.safetensors": gemma_scope_2,
+    "hyperparams.json": llama_scope,
+    "ae.pt": dictionary_learning,
+    "sae.safetensors": sparsify,
+    "cfg.json": saelens,
+    "config.json": llama_scope_r1,
+}
+
+
+# -- what they have in common ------------------------------------------------------------------------------------------
+
+Parameters = Callable[[list[int] | None], dict[str, Tensor]]
+
+
+def _nothing(ids: list[int] | None) -> dict[str, Tensor]:
+    return {}
+
+
+def _thresholds(read: Reader) -> Parameters:
+    return lambda ids: {"threshold": read("threshold", ids)}
+
+
+def _handle(
+    where: Path,
+    read: Reader,
+    kind: Kind,
+    hook_point: HookPoint,
+    model_name: str | None,
+    name: str | None,
+    *,
+    transform: InputTransform = RAW_INPUT,
+    parameters: Parameters = _nothing,
+    k: int = 0,
+    has_bias: bool = True,
+    with_decoder_norm: bool = False,
+    shape: tuple[int, int] | None = None,
+    vectors: tuple[str, ...] = (),
+    one_threshold: bool = False,
+) -> SAEHandle:
+    """A handle on tensors that the reader calls W_enc [d, n], b_enc, W_dec [n, d] and b_dec.
+
+    Args:
+        where: For errors, and the name if there is none.
+        read: The tensors.
+        kind: The nonlinearity.
+        hook_point: Where it reads.
+        model_name: The model whose activations it was trained on.
+        name: What to call it.
+        transform: What it does to its input.
+        parameters: The nonlinearity's, for chosen columns or all.
+        k: For ``topk`` and ``groupmax``.
+        has_bias: False where z has no b_enc.
+        with_decoder_norm: Multiply z by the decoder columns' norms.
+        shape: (d_model, d_sae) as the configuration says; by default as W_dec does.
+        vectors: What else the file holds one number a latent of.
+        one_threshold: Whether one threshold may stand for all latents.
+    """
+    d_sae, d_model = (*read.shape("W_dec"), 0, 0)[:2] if shape is None else shape[::-1]
+    if not 0 < transform.scale < math.inf or hook_point.layer < 0:
+        raise SAEError(f"{where} says scale {transform.scale} and layer {hook_point.layer}: it is damaged.")
+    _check_shape(where, read, d_model, d_sae)
+    for part in ("W_dec", *(["b_enc"] if has_bias else []), *vectors):
+        expected = (d_sae, d_model) if part == "W_dec" else (d_sae,)
+        found = tuple(read.shape(part))
+        if found != expected and not (part == "threshold" and found == () and one_threshold):
+            raise SAEError(f"{part} in {where} has shape {found}, not {expected}: the file is damaged.")
+    if kind in ("topk", "groupmax") and not (1 <= k <= d_sae and (kind != "groupmax" or d_sae % k == 0)):
+        raise SAEError(f"{where} says k={k} of {d_sae} latents: it is damaged.")
 
     def read_encoder(ids: list[int] | None) -> EncoderColumns:
-        threshold = Nonlinearity("jumprelu", {"threshold": read("threshold", ids)})
-        return EncoderColumns(read("W_enc", ids, axis=1), read("b_enc", ids), threshold)
+        weight = read("W_enc", ids, axis=1)
+        bias = read("b_enc", ids) if has_bias else torch.zeros(weight.shape[1])
+        if with_decoder_norm:
+            norms = read("W_dec", ids).norm(dim=-1)
+            weight, bias = weight * norms, bias * norms
+        return EncoderColumns(weight, bias, Nonlinearity(kind, parameters(ids), k))
 
-    d_sae, d_model = (*read.shape("W_dec"), 0, 0)[:2]
-    _check_shape(file, read, d_model, d_sae)
+    def read_decoder() -> tuple[Tensor, Tensor]:
+        w_dec = read("W_dec")
+        return w_dec / w_dec.norm(dim=-1, keepdim=True) if with_decoder_norm else w_dec, read("b_dec")
+
     return SAEHandle(
-        name=name or str(file),
+        name=name or str(where),
         model_name=model_name,
         hook_point=hook_point,
         d_model=d_model,
         d_sae=d_sae,
-        kind="jumprelu",
+        kind=kind,
         read_encoder=read_encoder,
-        read_decoder=lambda: (read("W_dec"), read("b_dec")),
+        read_decoder=read_decoder,
+        transform=transform,
     )
+
+
+def _layer_in(path: Path, pattern: str) -> HookPoint:
+    """The residual stream after the layer that a path names."""
+    found = re.findall(pattern, str(path))
+    if not found:
+        raise SAEError(f"{path} does not say its layer: keep the publisher's names of folders and files.")
+    return HookPoint(int(found[-1]))  # the nearest to the file: folders further up may name others
+
+
+def _is_residual(path: Path) -> None:
+    """Gemma Scope's other dictionaries have the same files; their folders say what they read."""
+    if other := re.search(r"pt-(mlp|att|transcoders)\b|(mlp_out|attn_out|transcoder|clt)(_all)?/[^/]*$", str(path)):
+        raise SAEError(f"{path} is of {other[0]}, not the residual stream.")
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise SAEError(f"{file} is not a readable configuration ({brief(error)}): fetch it again.") from error
+    if not isinstance(content, dict):
+        raise SAEError(f"{file} holds a {type(content).__name__}, not a configuration: fetch it again.")
+    return content
 
 
 def _check_shape(where: Path, read: Reader, d_model: int, d_sae: int) -> None:
     for name, shape in {"W_enc": (d_model, d_sae), "b_dec": (d_model,)}.items():
         if (found := tuple(read.shape(name))) != shape:
             raise SAEError(f"{name} in {where} has shape {found}, not {shape}: the file is damaged.")
-
-
-class Reader(Protocol):
-    """Reads named tensors, or some of their rows (axis 0) or columns (axis 1), as float32."""
-
-    def shape(self, name: str) -> tuple[int, ...]: ...
-
-    def __call__(self, name: str, ids: list[int] | None = None, axis: int = 0) -> Tensor: ...
-
-
-class _SafetensorsReader:
-    """Memory-maps the file: only the slices that are asked for are read."""
-
-    def __init__(self, file: Path):
-        self.file = file
-        with self._open() as tensors:
-            self.names = set(tensors.keys())
-
-    @contextmanager
-    def _open(self):
-        if not self.file.exists():
-            raise SAEError(f"{self.file} is missing: fetch the SAE again.")
-        try:
-            with safe_open(self.file, framework="pt") as tensors:
-                yield tensors
-        except (SafetensorError, OSError) as error:
-            raise SAEError(
-                f"{self.file} is not a readable safetensors file ({_brief(error)}): fetch it again."
-            ) from error
-
-    def _slice(self, tensors: Any, name: str) -> Any:
-        if name not in self.names:
-            raise SAEError(f"{self.file} has no tensor '{name}' (it has {', '.join(sorted(self.names))}).")
-        return tensors.get_slice(name)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        with self._open() as tensors:
-            return tuple(self._slice(tensors, name).get_shape())
-
-    def __call__(self, name: str, ids: list[int] | None = None, axis: int = 0) -> Tensor:
-        with self._open() as tensors:
-            stored = self._slice(tensors, name)
-            if ids is None:
-                return stored[:].float()
-            pieces = [stored[i : i + 1] if axis == 0 else stored[:, i : i + 1] for i in ids]
-            return torch.cat(pieces, dim=axis).float()
-
-
-class _NpzReader:
-    """numpy archives; a member is decompressed whole, one at a time, and never unpickled."""
-
-    def __init__(self, file: Path):
-        self.file = file
-
-    @contextmanager
-    def _open(self, name: str):
-        try:
-            with zipfile.ZipFile(self.file) as members, members.open(f"{name}.npy") as member:
-                yield member
-        except FileNotFoundError as error:
-            raise SAEError(f"{self.file} is missing: fetch the SAE again.") from error
-        except KeyError as error:
-            raise SAEError(f"{self.file} has no array '{name}': it is not a Gemma Scope params.npz.") from error
-        except Exception as error:  # zipfile, zlib and numpy each raise their own on a damaged file
-            raise SAEError(f"{self.file} is not a readable npz file ({_brief(error)}): fetch it again.") from error
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """From the member's header alone: W_enc may be gigabytes."""
-        with self._open(name) as member:
-            version = np.lib.format.read_magic(member)
-            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            return read(member)[0]
-
-    def __call__(self, name: str, ids: list[int] | None = None, axis: int = 0) -> Tensor:
-        with self._open(name) as member:
-            array = np.lib.format.read_array(member, allow_pickle=False)
-            member.read()  # to the end, where zipfile compares the checksum
-            return torch.tensor(array if ids is None else array.take(ids, axis=axis), dtype=torch.float32)

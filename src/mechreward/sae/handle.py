@@ -38,7 +38,7 @@ class SAEHandle:
         hook_point: Where it reads.
         d_model: Width of the residual stream.
         d_sae: Number of latents.
-        kind: Its nonlinearity (``"topk"`` needs the whole dictionary at every token).
+        kind: Its nonlinearity (``"topk"`` and ``"groupmax"`` need the whole dictionary at every token).
         transform: What it does to its input first.
         read_encoder: Reads the columns with the given ids, or all for None.
         read_decoder: Reads ``W_dec [d_sae, d_model]`` and ``b_dec [d_model]``, for reconstructions.
@@ -57,8 +57,8 @@ class SAEHandle:
     def features(self, ids: Sequence[int], name: str | None = None) -> Readout:
         """The activations of chosen latents as a readout.
 
-        Exact on K columns alone, unless the encoder is TopK: then the whole dictionary is kept and K columns of the
-        result are returned.
+        Exact on K columns alone, unless the encoder is TopK or GroupMax: then the whole dictionary is kept, and K
+        columns of the result are returned.
 
         Raises:
             SAEError: An id is outside the dictionary, or occurs twice.
@@ -69,7 +69,7 @@ class SAEHandle:
             raise SAEError(f"Feature {outside[0]} is outside the dictionary of {self.name}, which has {self.d_sae}.")
         if len(set(chosen)) < len(chosen):
             raise SAEError(f"A feature id of {self.name} is given twice: give each once.")
-        whole = self.kind == "topk"
+        whole = self.kind in ("topk", "groupmax")
         encoder = self._whole_encoder if whole else self.read_encoder(chosen)
         return Readout(
             name=name or self.name,

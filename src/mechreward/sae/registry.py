@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import importlib.util
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +34,10 @@ def load_sae(
     """Find a sparse autoencoder; its weights are read later, and only the columns that are used.
 
     Args:
-        release: A release name, as SAELens lists them, e.g. ``"gemma-scope-9b-pt-res-canonical"``.
-        sae_id: The id inside the release, e.g. ``"layer_22/width_16k/canonical"``.
+        release: A release name, as SAELens lists them, e.g. ``"gemma-scope-9b-pt-res-canonical"``; or a repository
+            of the hub in a format that :func:`mechreward.sae.formats.open_path` knows, e.g.
+            ``"EleutherAI/sae-llama-3-8b-32x"``.
+        sae_id: The id inside the release, e.g. ``"layer_22/width_16k/canonical"``; or the repository's folder or file.
         path: A local folder or file instead.
         revision: Branch, tag or commit of the release's repository.
 
@@ -48,6 +52,8 @@ def load_sae(
     if release in SHIPPED:
         folder = pocket.files() / "saes" / _known(release, sae_id, SHIPPED[release])
         return formats.saelens(folder, name=f"{release}/{sae_id}")
+    if release.count("/") == 1 and release not in saelens_directory():
+        return _from_repository(release, sae_id, revision)
     entry = _known_release(release)
     found = {str(sae["id"]): sae for sae in entry["saes"]}
     stored_at = str(_known(release, sae_id, {known: sae["path"] for known, sae in found.items()}))
@@ -97,7 +103,40 @@ def _fetch(
         download(repo, f"{stored_at}/sae_weights.safetensors", revision)
         scale, overrides = sae.get("norm_scaling_factor"), entry.get("config_overrides")
         return formats.saelens(folder, entry["model"], scale, name, overrides)
+    if convert == "gemma_3":
+        if not stored_at.startswith("resid_post"):
+            raise SAEError(f"{name} does not read the residual stream: choose a '-res' release.")
+        folder = download(repo, f"{stored_at}/params.safetensors", revision).parent
+        return formats.gemma_scope_2(folder, entry["model"], name)
+    if convert == "llama_scope":
+        if "LXR" not in repo:
+            raise SAEError(f"{name} does not read the residual stream: choose a 'lxr' release.")
+        folder = download(repo, f"{stored_at}/hyperparams.json", revision).parent
+        download(repo, f"{stored_at}/checkpoints/final.safetensors", revision)
+        return formats.llama_scope(folder, name)
+    if convert == "llama_scope_r1_distill":
+        folder = download(repo, f"{stored_at}/config.json", revision).parent
+        download(repo, f"{stored_at}/sae_weights.safetensors", revision)
+        return formats.llama_scope_r1(folder, sae.get("norm_scaling_factor"), entry["model"], name)
+    if convert in ("goodfire", "deepseek_r1"):
+        return formats.goodfire(download(repo, stored_at, revision), entry["model"], name)
+    if convert == "qwen_scope":
+        k = re.search(r"L0_(\d+)$", repo)
+        return formats.qwen_scope(download(repo, stored_at, revision), int(k[1]) if k else None, entry["model"], name)
+    if convert == "dictionary_learning_1":
+        folder = download(repo, f"{stored_at}/config.json", revision).parent
+        download(repo, f"{stored_at}/ae.pt", revision)
+        return formats.dictionary_learning(folder, entry["model"], name)
     raise SAEError(f"{name} is stored in the format '{convert}', which this version does not read.")
+
+
+def _from_repository(repo: str, sae_id: str, revision: str | None) -> SAEHandle:
+    """A folder or file of a hub repository that SAELens does not list."""
+    from huggingface_hub import snapshot_download
+
+    with _the_ways_out(f"{repo}/{sae_id}"):
+        root = Path(snapshot_download(repo, revision=revision, allow_patterns=[sae_id, f"{sae_id}/*"]))
+    return formats.open_path(root / sae_id)
 
 
 def download(repo: str, file: str, revision: str | None = None) -> Path:
@@ -107,12 +146,20 @@ def download(repo: str, file: str, revision: str | None = None) -> Path:
         SAEError: It cannot be had, with the ways out.
     """
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    with _the_ways_out(f"{repo}/{file}"):
+        return Path(hf_hub_download(repo, file, revision=revision))
+
+
+@contextmanager
+def _the_ways_out(wanted: str) -> Iterator[None]:
+    """What the hub's client raises, in one sentence."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(hf_hub_download(repo, file, revision=revision))
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        yield
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         raise SAEError(
-            f"{repo}/{file} could not be fetched ({type(error).__name__}): connect to the hub (or set HF_ENDPOINT to a "
+            f"{wanted} could not be fetched ({type(error).__name__}): connect to the hub (or set HF_ENDPOINT to a "
             "mirror), or fill the cache elsewhere with 'hf download' and copy it here, or pass load_sae(path=...)."
         ) from error
