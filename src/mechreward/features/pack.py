@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, PrivateAttr, ValidationError, field_validator, model_validator
 
 from mechreward.errors import PackError
 from mechreward.schema import Strict, most_telling, sentence, shown
@@ -173,6 +173,45 @@ class Calibration(Strict):
         return np.clip(np.interp(raw, points, ranks, left=0.0, right=1.0), 0.0, 1.0)
 
 
+class Approximation(Strict):
+    """A selection among all latents, replaced by one threshold.
+
+    Attributes:
+        of: What it stands for.
+        threshold: In units of the pre-activation.
+        tokens: How many residual vectors it was calibrated and measured on.
+        changed: Share of the readings that are zero in one and not in the other.
+        relative_error: ||exact - approximate|| / ||exact|| over the pack's features.
+    """
+
+    of: Literal["topk", "groupmax"]
+    threshold: float
+    tokens: Count
+    changed: Share
+    relative_error: Annotated[float, Field(ge=0)]
+
+
+class FrozenEncoder(Strict):
+    """The encoder columns that a frozen pack carries, in a safetensors file beside its JSON.
+
+    Attributes:
+        file: The file's name.
+        sha256: Its checksum.
+        kind, k: The nonlinearity; see ``mechreward.readout.Nonlinearity``.
+        norm, scale, center: What happens to the input first; see ``mechreward.readout.InputTransform``.
+        approximation: Set where a threshold replaces a selection: such readings are not exact.
+    """
+
+    file: Annotated[str, Field(pattern=r"^[\w.-]+\.safetensors$")]
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    kind: Literal["relu", "jumprelu", "gated", "topk", "groupmax"]
+    k: Count = 0
+    norm: Literal["none", "constant_norm_rescale", "layer_norm"] = "none"
+    scale: float = 1.0
+    center: bool = False
+    approximation: Approximation | None = None
+
+
 class Recipe(Strict):
     """How to find the features of a pack that has none yet.
 
@@ -205,6 +244,7 @@ class FeaturePack(Strict):
         status_reason: One sentence that says why the status is what it is.
         calibration: Quantiles of the raw reward, if measured.
         evidence: What was measured on held-out rollouts, if anything.
+        frozen: The encoder columns that it carries, if it is frozen.
         recipe: How to find the features; needed while there are none.
         provenance: Seeds, script, versions: what it takes to make the pack again.
         licence: Licence of the pack.
@@ -224,9 +264,16 @@ class FeaturePack(Strict):
     status_reason: Text
     calibration: Calibration | None = None
     evidence: Evidence | None = None
+    frozen: FrozenEncoder | None = None
     recipe: Recipe | None = None
     provenance: dict[str, str | int | float]
     licence: Text
+    _folder: Path | None = PrivateAttr(default=None)
+
+    @property
+    def folder(self) -> Path | None:
+        """Where it was read from: a frozen pack's encoder lies there too."""
+        return self._folder
 
     @field_validator("hook_point")
     @classmethod
@@ -283,9 +330,11 @@ def read_pack(path: str | Path) -> FeaturePack:
             "this release, or install the release that wrote it."
         )
     try:
-        return FeaturePack.model_validate(raw)
+        pack = FeaturePack.model_validate(raw)
     except ValidationError as error:
         raise PackError(f"{path}: {sentence(most_telling(error), FeaturePack, 'pack')}") from None
+    pack._folder = path.parent
+    return pack
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -6,7 +6,6 @@ import logging
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -106,7 +105,8 @@ class FeatureReward(Reward):
 
         Args:
             pack: A catalog name (``"pocket/reasoning_pack"``), a path, or a pack.
-            sae: Its sparse autoencoder, loaded already; by default the one that the pack names.
+            sae: Its sparse autoencoder, loaded already; by default a frozen pack's own encoder columns, else the
+                sparse autoencoder that the pack names.
             aggregation: By default the one that the pack's evidence was measured with.
             reads, normalize, schedule: See :class:`FeatureReward`.
             strict: Refuse a pack that has not been validated instead of warning.
@@ -115,6 +115,7 @@ class FeatureReward(Reward):
             PackError: No such pack, a recipe without features, another SAE, or an unvalidated pack with ``strict``.
         """
         from mechreward.features.catalog import load_pack
+        from mechreward.features.frozen import check_sae, frozen_readout
         from mechreward.sae.registry import load_sae
 
         pack = load_pack(pack) if isinstance(pack, str) else pack
@@ -125,22 +126,25 @@ class FeatureReward(Reward):
             if strict:
                 raise PackError(said)
             warnings.warn(said, CandidateWarning, stacklevel=2)
-        sae = load_sae(pack.sae.release, pack.sae.sae_id) if sae is None else sae
-        if (str(sae.hook_point), sae.d_model, sae.d_sae) != (pack.hook_point, pack.d_model, pack.d_sae):
-            raise PackError(
-                f"{pack.name} was made for {pack.sae.release}/{pack.sae.sae_id} ({pack.hook_point}, {pack.d_model} x "
-                f"{pack.d_sae}), but {sae.name} reads {sae.hook_point}, {sae.d_model} x {sae.d_sae}."
-            )
-        named = f"{pack.sae.release}/{pack.sae.sae_id}"
-        # An SAE in a local folder is called by its path, and taken at its word.
-        if sae.name != named and "/" in sae.name and not Path(sae.name).exists():
-            raise PackError(f"{pack.name} was made for {named}, not for {sae.name}: feature ids do not carry over.")
+        if sae is None and pack.frozen is not None:
+            readout = frozen_readout(pack)
+            if (near := pack.frozen.approximation) is not None:
+                warnings.warn(
+                    f"{pack.name} is frozen with a threshold in the place of {near.of}: {near.changed:.1%} of its "
+                    f"readings differ from the encoder's in being zero or not (on {near.tokens} tokens).",
+                    CandidateWarning,
+                    stacklevel=2,
+                )
+        else:
+            sae = load_sae(pack.sae.release, pack.sae.sae_id) if sae is None else sae
+            check_sae(pack, sae)
+            readout = sae.features([f.id for f in pack.features], name=pack.name.split("/")[-1])
         chosen = aggregation or pack.aggregation
         if pack.evidence is not None and chosen != pack.evidence.aggregation:
             measured = pack.evidence.aggregation
             logger.warning("The evidence of %s was measured with %s, not %s.", pack.name, measured, chosen)
         return cls(
-            readout=sae.features([f.id for f in pack.features], name=pack.name.split("/")[-1]),
+            readout=readout,
             weights=[f.weight for f in pack.features],
             aggregation=chosen,
             reads=reads,
