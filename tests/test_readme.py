@@ -1,11 +1,15 @@
 """What the README says runs as it stands."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+from mechreward.experiments.page import markdown
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
 
 
 @pytest.mark.parametrize("trainer", ["GRPOTrainer", "MechRewardGRPOTrainer"])
@@ -24,6 +28,19 @@ def test_quickstart(tmp_path, monkeypatch, trainer):
 
 
 def test_make_targets_exist():
-    makefile = (Path(__file__).parent.parent / "Makefile").read_text()
+    makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"^make ([\w-]+)", README, re.MULTILINE):
         assert f"\n{target}:" in makefile
+
+
+def test_the_verdicts_on_the_research_page_are_those_of_the_results():
+    research, tables = (ROOT / "RESEARCH.md").read_text(), (ROOT / "experiments/results/pocket.md").read_text()
+    _, quoted = research.split("<!-- from experiments/results/pocket.md -->")
+    verdicts = [line for line in quoted.split("<!-- end -->")[0].splitlines() if line]
+    assert len(verdicts) == tables.count("\n- `")
+    assert all(line in tables.splitlines() for line in verdicts)
+
+
+def test_the_tables_are_made_from_the_json():
+    results = ROOT / "experiments/results"
+    assert markdown(json.loads((results / "pocket.json").read_text())) == (results / "pocket.md").read_text()

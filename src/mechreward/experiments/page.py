@@ -70,7 +70,7 @@ def _verdicts(report: Report) -> list[str]:
             said.append(
                 f"- `{name}`: no difference shown. Anything from {low:+.3f} to {high:+.3f} is compatible with the data."
             )
-    return [f"{len(compared)} comparisons, without correction for their number:", "", *said]
+    return [f"Arms compared: {len(compared)}, without correction for their number.", "", *said]
 
 
 def shown(difference: dict[str, Any]) -> bool:
@@ -98,6 +98,8 @@ def _details(report: Report) -> list[str]:
             f"| {arm['kl']['mean']:.4f} | {'' if own is None else _first_and_last(own)} | {arm['flagged']:.2%} "
             f"| {arm['our_share_of_time']['mean']:.2%} |"
         )
+    if all(arm["complete"] for arm in arms.values()):
+        lines += ["", *_complete_rollouts(arms)]
     for pack in watched:
         lines += [
             "",
@@ -115,6 +117,21 @@ def _details(report: Report) -> list[str]:
                 f"| {name} | {_figure(reading['moved'][-1], '+.2f')} | {_figure(reading['auc'][0])} "
                 f"| {_figure(reading['auc'][-1])} | {right[-1] - right[0]:+.3f} |"
             )
+    return lines
+
+
+def _complete_rollouts(arms: dict[str, Any]) -> list[str]:
+    lines = [
+        "### Rollouts that make every step of the solution",
+        "",
+        "They may make others as well, and then be wrong.",
+        "",
+        "| arm | share, start | share, end | right among them, start | right among them, end |",
+        "|---|---|---|---|---|",
+    ]
+    for name, arm in arms.items():
+        cells = [_figure(arm["complete"][step][what]) for what in ("share", "right") for step in (0, 1)]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
 
 
@@ -153,15 +170,10 @@ def draw(report: Report, file: Path) -> None:
         for reading in list(arm["readings"].values())[:1]:
             moved = [point["mean"] for point in reading["moved"]]
             gap.plot(moved, arm["curves"]["right"]["mean"], "o-", color=colours[name], markersize=3, linewidth=1.5)
-            gap.annotate(
-                name,
-                (moved[-1], arm["curves"]["right"]["mean"][-1]),
-                fontsize=7,
-                xytext=(3, 3),
-                textcoords="offset points",
-            )
     gap.set(
-        xlabel="reading of the pack, SDs from the start", ylabel="right answers, sampled", title="Reading and accuracy"
+        xlabel="reading of the pack, SDs from the start",
+        ylabel="right answers, sampled",
+        title="Reading and accuracy (colours as left)",
     )
     for axis in (curves, forest, gap):
         axis.spines[["top", "right"]].set_visible(False)

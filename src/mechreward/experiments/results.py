@@ -195,12 +195,13 @@ def compare(output: str | Path, baseline: str, target: float) -> dict[str, Any]:
     if baseline not in runs:
         raise ConfigError(f"There is no finished arm '{baseline}', only {', '.join(runs)}.{nearest(baseline, runs)}")
     watched = [pack.split("/")[-1] for pack in budget["watch"]]
+    order = sorted(runs, key=lambda arm: (arm != baseline, arm))
     return {
         "budget": budget,
         "baseline": baseline,
         "target": target,
         "environment": json.loads((_a_folder(output) / "environment.json").read_text(encoding="utf-8")),
-        "arms": {arm: _of_arm(arm, of_arm, runs[baseline], baseline, watched, target) for arm, of_arm in runs.items()},
+        "arms": {arm: _of_arm(arm, runs[arm], runs[baseline], baseline, watched, target) for arm in order},
     }
 
 
@@ -218,6 +219,7 @@ def _of_arm(
         "seeds": [run.seed for run in runs],
         "steps": runs[0].steps,
         "curves": {c: _curve(runs, c) for c in [*columns, "tokens", "ended", *watched]},
+        "complete": [_complete(runs, step) for step in (0, -1)] if "right_steps" in columns else None,
         "greedy_accuracy": _over_seeds([run.figures[-1]["greedy_accuracy"] for run in runs]),
         "steps_to_target": {"per_seed": reached, "reached": len(there), "median": _median(reached)},
         "kl": _over_seeds([_last_of(run, "kl") for run in runs]),
@@ -257,6 +259,19 @@ def _at(run: Run, part: str, key: str = "reward") -> float:
     """The mean over the first or the last five training steps."""
     logs = run.metrics[:5] if part == "first" else run.metrics[-5:]
     return float(np.mean([log[key] for log in logs]))
+
+
+def _complete(runs: list[Run], step: int) -> dict[str, Any]:
+    """Rollouts that make every step of the solution: their share, and how many of them are right.
+
+    What comes after the solution's steps is not looked at by ``right_steps``; here it shows in what is wrong.
+    """
+    made = [run.rows[step]["right_steps"] == 1 for run in runs]
+    right = [run.rows[step]["right"][of_run] for run, of_run in zip(runs, made, strict=True)]
+    return {
+        "share": _over_seeds([float(of_run.mean()) for of_run in made]),
+        "right": _over_seeds([float(of_run.mean()) if len(of_run) else float("nan") for of_run in right]),
+    }
 
 
 def _own_reading(runs: list[Run]) -> dict[str, Any] | None:

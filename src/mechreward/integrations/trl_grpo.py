@@ -357,7 +357,9 @@ class MechRewardGRPOTrainer(GRPOTrainer):
         # All models are read here, in one pass each, before the first reward asks.
         readings = self.readings(batch, [Request(r, *key) for key, bank in self._banks.items() for r in bank.readouts])  # pyright: ignore
         clean = batch.guarded(torch.ones(len(batch)), torch.zeros(len(batch), dtype=torch.bool), [[] for _ in prompts])
+        began = time.perf_counter()
         step.batch = apply_guards(self.guards, clean, readings)
+        self.hook_seconds += time.perf_counter() - began
         step.dropped = step.batch.dropped
         with self._naming_the_reward():
             rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
@@ -391,12 +393,14 @@ class MechRewardGRPOTrainer(GRPOTrainer):
             logger.error("Saved the state before the failed step in %s.", folder)
 
     def _run_monitors(self, batch: RolloutBatch, readings: Mapping[Request, Readings]) -> None:
+        began = time.perf_counter()
         for monitor in self.monitors:
             scores = monitor.score(replace(batch, trust=None), readings)
             values = scores.parts.get("raw", scores.values)
             if not values.isnan().all():
                 self._log_metric(f"monitor/{monitor.__name__}", float(values.nanmean()))
             self._log_completion_extra(f"monitor/{monitor.__name__}", values.tolist())
+        self.hook_seconds += time.perf_counter() - began
 
     def _log_step(self, batch: RolloutBatch) -> None:
         if batch.flags is not None:

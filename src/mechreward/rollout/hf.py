@@ -17,8 +17,8 @@ from mechreward.rollout.capture import ResidualTap, SequenceReader, check_fits, 
 if TYPE_CHECKING:
     from mechreward.reward.base import Reward, Scores
 
-MAX_TOKENS = 16_384
-"""Padded tokens in one forward pass of our own."""
+MAX_TOKENS = 4096
+"""Padded tokens in one forward pass of our own: more would take more memory than the trainer's own passes."""
 
 
 def read_forward(
