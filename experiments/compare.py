@@ -29,8 +29,8 @@ if __name__ == "__main__":
         sys.exit(f"Error: {error}")
     options.out.mkdir(parents=True, exist_ok=True)
     file = options.out / options.runs.resolve().name
-    file.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    file.with_suffix(".md").write_text(page.markdown(report), encoding="utf-8")
-    page.draw(report, file.with_suffix(".png"))
+    Path(f"{file}.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    Path(f"{file}.md").write_text(page.markdown(report), encoding="utf-8")
+    page.draw(report, Path(f"{file}.png"))
     print(page.markdown(report))
     print(f"Written: {file}.md, .png, .json")

@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pandas as pd
@@ -16,6 +17,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 import mechreward as mr
 from mechreward.errors import ConfigError, ModelMismatchError, RewardError
+from mechreward.hacking.detectors import RepetitionDetector
 from mechreward.integrations.trl_grpo import MechRewardGRPOConfig, MechRewardGRPOTrainer
 from mechreward.readout import Request
 from mechreward.reward.base import Reward, Scores
@@ -320,6 +322,32 @@ def test_completions_table_and_metrics_show_every_part(tmp_path):
     assert table["monitor/watched"].to_numpy() == pytest.approx(-table["composite/feature"].to_numpy(), abs=1e-4)
     log = trainer.state.log_history[0]
     assert {"composite/feature", "composite/seconds", "mechreward/hook_seconds", "guards/flagged"} <= set(log)
+
+
+def test_guards_and_monitors_count_as_our_time(tmp_path):
+    """Both sleep: what is logged must not be less than that."""
+
+    class SlowGuard(RepetitionDetector):
+        def __call__(self, batch, readings):
+            time.sleep(0.3)
+            return super().__call__(batch, readings)
+
+    class SlowMonitor(mr.FeatureReward):
+        def score(self, batch, readings, sense=1.0):
+            time.sleep(0.3)
+            return super().score(batch, readings, sense)
+
+    watched = SlowMonitor(mr.direction("w", VECTOR, POINT))
+    trainer = MechRewardGRPOTrainer(
+        mr.pocket.path(),
+        mr.OutcomeReward(mr.verifiers.math_boxed),
+        MechRewardGRPOConfig(**options(tmp_path)),
+        mr.pocket.dataset("train", 32),
+        guards=[SlowGuard()],
+        monitors=[watched],
+    )
+    trainer.train()
+    assert trainer.state.log_history[0]["mechreward/hook_seconds"] >= 0.6
 
 
 def test_without_args_kl_is_on_and_the_shipped_model_has_an_id(tmp_path, monkeypatch):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
@@ -67,11 +67,19 @@ def shown(value: object) -> str:
 
 def known_keys(root: type[BaseModel], location: Iterable[int | str]) -> Iterable[str]:
     """The keys that the schema allows in the object at a location."""
-    model = root
+    model, annotation = root, None  # annotation: of a list or mapping whose item comes next
     for part in location:
-        if isinstance(part, str) and part in model.model_fields:
-            model = _model_in(model.model_fields[part].annotation) or model
+        if annotation is None and isinstance(part, str) and part in model.model_fields:
+            field = model.model_fields[part].annotation
+            model = _model_in(field) or model
+            annotation = field if _holds_items(field) else None
+        else:
+            annotation = None
     return model.model_fields
+
+
+def _holds_items(annotation: Any) -> bool:
+    return get_origin(annotation) in (list, dict) or any(map(_holds_items, get_args(annotation)))
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:

@@ -48,7 +48,7 @@ class Contrast:
 
     Attributes:
         latents: Every SAE latent, aggregated over each rollout, ``[n, d_sae]`` float32.
-        residual: The residual vector at the SAE's hook point, averaged over each rollout's tokens, ``[n, d_model]``.
+        residual: The residual vector at the SAE's hook point, aggregated likewise, ``[n, d_model]`` float32.
         firing: Share of the tokens on which each latent fires, ``[d_sae]`` float32.
         right: Whether the rollout's answer is right, ``[n]`` bool.
     """
@@ -108,8 +108,9 @@ def feature_reward(config: ExperimentConfig, features: Features, seed: int, name
 def carried_out(recipe: FeaturePack, contrast: Contrast) -> FeaturePack:
     """A recipe's pack, with features by contrast on the discovery rollouts: a candidate that no gate has seen."""
     settings = {} if recipe.recipe is None else recipe.recipe.settings
-    sizes = {name: int(settings[name]) for name in ("n_positive", "n_negative") if name in settings}
-    ids, weights = select(contrast.latents, contrast.right, **sizes)
+    kinds = {"n_positive": int, "n_negative": int, "min_firing": float}
+    chosen = {name: kind(settings[name]) for name, kind in kinds.items() if name in settings}
+    ids, weights = select(contrast.latents, contrast.right, **chosen)
     found = [PackFeature(id=int(i), weight=float(w)) for i, w in zip(ids, weights, strict=True)]
     return recipe.model_copy(update={"features": found})
 
@@ -190,6 +191,8 @@ def prepared(config: ExperimentConfig, pack: FeaturePack, sae: SAEHandle) -> Con
         "data": config.model_dump(mode="json")["data"]["discovery"],
         "discovery": config.discovery.model_dump(mode="json"),
         "length": config.training.max_completion_length,
+        "bf16": config.training.bf16,
+        "batch_size": config.evaluation.batch_size,  # decides the stream of random numbers
         "temperature": config.training.temperature,
         "sae": pack.sae.model_dump(mode="json"),
         "aggregation": _aggregation(pack),

@@ -291,8 +291,10 @@ def _lines(root: yaml.Node, path: Path) -> dict[Location, int]:
     """The line of every key and list item; a key that is given twice is an error."""
     lines: dict[Location, int] = {}
 
-    def visit(node: yaml.Node, location: Location) -> None:
+    def visit(node: yaml.Node, location: Location, around: tuple[yaml.Node, ...] = ()) -> None:
         lines.setdefault(location, node.start_mark.line + 1)
+        if node in around:
+            raise ConfigError(f"{path}, line {node.start_mark.line + 1}: this mapping contains itself; write it out.")
         if isinstance(node, yaml.MappingNode):
             for key, value in node.value:
                 here = (*location, str(key.value))
@@ -303,10 +305,10 @@ def _lines(root: yaml.Node, path: Path) -> dict[Location, int]:
                         f"{lines[here]}); keep one."
                     )
                 lines[here] = key.start_mark.line + 1
-                visit(value, here)
+                visit(value, here, (*around, node))
         elif isinstance(node, yaml.SequenceNode):
             for index, value in enumerate(node.value):
-                visit(value, (*location, index))
+                visit(value, (*location, index), (*around, node))
 
     visit(root, ())
     return lines

@@ -41,11 +41,11 @@ def _load(source: Source) -> Dataset:
     if len(rows) == 0:
         raise ConfigError(f"{where} has no rows: check its split.")
 
-    def question(row: dict[str, Any]) -> dict[str, str]:
+    def question(row: Any) -> dict[str, str]:
         kept = {"prompt": source.prompt.format(**row), "answer": str(row[source.answer])}
         return kept | ({"solution": row["solution"]} if source.path == pocket.MODEL_ID else {})
 
-    return rows.map(question, remove_columns=rows.column_names, load_from_cache_file=False)
+    return require("datasets", "trl").Dataset.from_list([question(row) for row in rows])  # `map` would keep old types
 
 
 def _pocket(source: Source) -> Dataset:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mechreward.extras import require
 
 Report = dict[str, Any]
@@ -50,7 +52,7 @@ def _setting(report: Report) -> str:
     seeds = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     return (
         f"{report['budget']['model']}, {training['max_steps']} steps of {rollouts} rollouts, learning rate "
-        f"{training['learning_rate']:g}, beta {training['beta']:g}; {seeds} seeds an arm. Test questions are another "
+        f"{training['learning_rate']:g}, beta {training['beta']:g}; seeds an arm: {seeds}. Test questions are another "
         "draw for each seed, the same for all arms, answered once at the training temperature. Intervals: 95 %, "
         "Student's t over seeds."
     )
@@ -61,6 +63,9 @@ def _verdicts(report: Report) -> list[str]:
     said = []
     compared = {name: arm["difference"]["right"] for name, arm in report["arms"].items() if "difference" in arm}
     for name, d in compared.items():
+        if None in d["student"]:
+            said.append(f"- `{name}`: {d['mean']:+.3f} with one seed, of which no interval can be given.")
+            continue
         lows, highs = zip(d["resampled"], d["student"], strict=True)
         low, high = min(lows), max(highs)
         if shown(d):
@@ -75,7 +80,9 @@ def _verdicts(report: Report) -> list[str]:
 
 def shown(difference: dict[str, Any]) -> bool:
     """Whether both intervals leave out 0."""
-    return all(low > 0 or high < 0 for low, high in (difference["resampled"], difference["student"]))
+    return None not in difference["student"] and all(
+        low > 0 or high < 0 for low, high in (difference["resampled"], difference["student"])
+    )
 
 
 def _details(report: Report) -> list[str]:
@@ -147,7 +154,7 @@ def draw(report: Report, file: Path) -> None:
     for name, arm in arms.items():
         curve, steps = arm["curves"]["right"], arm["steps"]
         curves.plot(steps, curve["mean"], color=colours[name], label=name, linewidth=2.5 if name == base else 1.5)
-    low, high = zip(*arms[base]["curves"]["right"]["interval"], strict=True)
+    low, high = np.array(arms[base]["curves"]["right"]["interval"], dtype=float).T  # None becomes NaN
     curves.fill_between(arms[base]["steps"], low, high, color=colours[base], alpha=0.15, linewidth=0)
     curves.set(xlabel="step", ylabel="right answers, sampled", title=f"Accuracy (band: 95 % of {base})", ylim=(0, 1))
     curves.legend(frameon=False, fontsize=8, ncols=2, loc="lower left")
@@ -156,7 +163,7 @@ def draw(report: Report, file: Path) -> None:
     for place, name in enumerate(compared):
         d = arms[name]["difference"]["right"]
         for interval, width in ((d["student"], 1.2), (d["resampled"], 3.5)):
-            forest.plot(interval, [place, place], color=colours[name], linewidth=width)
+            forest.plot(np.array(interval, dtype=float), [place, place], color=colours[name], linewidth=width)
         forest.plot(d["mean"], place, "o", color=colours[name])
         forest.plot(d["per_seed"], [place - 0.25] * len(d["per_seed"]), "|", color=colours[name], markersize=7)
     forest.axvline(0, color="#888888", linewidth=1)
@@ -168,7 +175,7 @@ def draw(report: Report, file: Path) -> None:
 
     for name, arm in arms.items():
         for reading in list(arm["readings"].values())[:1]:
-            moved = [point["mean"] for point in reading["moved"]]
+            moved = np.array([point["mean"] for point in reading["moved"]], dtype=float)
             gap.plot(moved, arm["curves"]["right"]["mean"], "o-", color=colours[name], markersize=3, linewidth=1.5)
     gap.set(
         xlabel="reading of the pack, SDs from the start",
@@ -196,21 +203,24 @@ _PALETTE = [
 ]
 
 
-def _interval(interval: tuple[float, float]) -> str:
-    return f"{interval[0]:+.3f} to {interval[1]:+.3f}"
+def _number(value: float | None, form: str) -> str:
+    return "?" if value is None else f"{value:{form}}"
+
+
+def _interval(interval: tuple[float | None, float | None]) -> str:
+    return " to ".join(_number(end, "+.3f") for end in interval)
 
 
 def _signed(difference: dict[str, Any]) -> str:
     return f"{difference['mean']:+.3f} ({_interval(difference['student'])})"
 
 
-def _with_interval(mean: float, interval: tuple[float, float]) -> str:
-    return f"{mean:.3f} ({interval[0]:.3f}-{interval[1]:.3f})"
+def _with_interval(mean: float, interval: tuple[float | None, float | None]) -> str:
+    return f"{_number(mean, '.3f')} ({'-'.join(_number(end, '.3f') for end in interval)})"
 
 
 def _figure(figure: dict[str, Any], form: str = ".3f") -> str:
-    low, high = figure["interval"]
-    return f"{figure['mean']:{form}} ({low:{form}} to {high:{form}})"
+    return f"{_number(figure['mean'], form)} ({' to '.join(_number(end, form) for end in figure['interval'])})"
 
 
 def _first_and_last(reading: dict[str, Any]) -> str:

@@ -1,8 +1,9 @@
 """What an experiment's runs say when they are put side by side: curves, paired differences, and what cannot be told.
 
 Arms are compared at equal budget, which is checked. A difference is paired by seed and by test question. Two intervals
-are given, since five seeds are few: one from resampling seeds and the questions within them, and Student's t over the
-seeds' own differences. A difference counts as shown only if both leave out 0.
+are given, since five seeds are few: Student's t over the seeds' own differences, and one from resampling seeds and the
+questions within them, which is too wide where seeds hardly differ (the questions' variance counts twice) and too narrow
+where they differ much. A difference counts as shown only if both leave out 0.
 """
 
 from __future__ import annotations
@@ -54,11 +55,16 @@ def read_runs(output: str | Path) -> tuple[dict[str, list[Run]], dict[str, Any]]
     Raises:
         ConfigError: There are none, or they differ in more than arm and seed.
     """
-    output, found, budgets = Path(output), {}, {}
+    output = Path(output)
+    found: dict[str, list[Run]] = {}
+    budgets, rewards = {}, {}
     for file in sorted(output.glob("*/seed-*/summary.json")):
         folder = file.parent
         config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
         budgets[folder] = {key: value for key, value in config.items() if key not in ("arm", "seed")}
+        first, reward = rewards.setdefault(folder.parent.name, (folder, config["arm"]))
+        if config["arm"] != reward:
+            raise ConfigError(f"{folder} and {first} are not one arm: their config.yaml reward differently.")
         found.setdefault(folder.parent.name, []).append(_read_run(folder, config["seed"]))
     if not found:
         raise ConfigError(f"{output} holds no finished run: run an experiment of experiments/ first.")
@@ -81,8 +87,8 @@ def _read_run(folder: Path, seed: int) -> Run:
 
 def _columns(records: list[dict[str, Any]]) -> dict[str, NDArray]:
     """Numbers by column, None as NaN."""
-    numeric = [name for name in records[0] if name not in ("completion", "step")]
-    return {name: np.array([r[name] for r in records], dtype=np.float64) for name in numeric}
+    numeric = dict.fromkeys(name for r in records for name in r if name not in ("completion", "step"))
+    return {name: np.array([r.get(name) for r in records], dtype=np.float64) for name in numeric}
 
 
 # -- statistics ------------------------------------------------------------------------------------------------------
@@ -196,13 +202,23 @@ def compare(output: str | Path, baseline: str, target: float) -> dict[str, Any]:
         raise ConfigError(f"There is no finished arm '{baseline}', only {', '.join(runs)}.{nearest(baseline, runs)}")
     watched = [pack.split("/")[-1] for pack in budget["watch"]]
     order = sorted(runs, key=lambda arm: (arm != baseline, arm))
-    return {
+    report = {
         "budget": budget,
         "baseline": baseline,
         "target": target,
         "environment": json.loads((_a_folder(output) / "environment.json").read_text(encoding="utf-8")),
         "arms": {arm: _of_arm(arm, runs[arm], runs[baseline], baseline, watched, target) for arm in order},
     }
+    return _without_infinities(report)
+
+
+def _without_infinities(value: Any) -> Any:
+    """None in the place of what JSON can't hold: an interval from one seed, the AUC where all answers are right."""
+    if isinstance(value, dict):
+        return {key: _without_infinities(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_infinities(entry) for entry in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
 def _a_folder(output: str | Path) -> Path:
@@ -248,7 +264,10 @@ def _curve(runs: list[Run], column: str) -> dict[str, Any]:
 
 
 def _over_seeds(values: Sequence[float]) -> dict[str, Any]:
-    return {"mean": float(np.mean(values)), "interval": t_interval(values), "per_seed": list(map(float, values))}
+    """Mean, interval and each seed's own; a seed without a value is left out."""
+    known = np.array([value for value in values if not np.isnan(value)])
+    mean = float(known.mean()) if len(known) else np.nan
+    return {"mean": mean, "interval": t_interval(known), "per_seed": list(map(float, values))}
 
 
 def _last_of(run: Run, key: str) -> float:

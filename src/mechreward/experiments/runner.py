@@ -63,23 +63,26 @@ def run(config: ExperimentConfig, arm: str, seed: int, tell: Callable[[str], Non
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("Experiments run in one process: start them with python, not with torchrun or accelerate.")
     folder = Path(config.output) / arm / f"seed-{seed}"
-    claim(folder, config.run(arm, seed))
+    decides = config.run(arm, seed)
+    if (folder / "config.yaml").exists():
+        claim(folder, decides)
     if (folder / "summary.json").exists():
         tell(f"{arm}, seed {seed}: finished before, in {folder}")
         return folder
     torch.manual_seed(seed)
     questions, test = data.load(config.data.train), test_questions(config, seed)
-    watched = arms.watched(config)
+    watched, reward = arms.watched(config), arms.build(config, config.arms[arm], seed)
+    claim(folder, decides)  # only now: what can't be loaded leaves no folder behind
     trainer = MechRewardGRPOTrainer(
         model=pocket.resolve(config.model),
         args=_trl_config(config, arm, seed, folder),
         train_dataset=questions,
-        reward_funcs=arms.build(config, config.arms[arm], seed),
+        reward_funcs=reward,
         monitors=watched,
         peft_config=_lora(config),
     )
     trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
-    checkpoint = _last_checkpoint(folder)
+    checkpoint = _last_checkpoint(folder, config.training.max_steps)
     _forget_after(folder, 0 if checkpoint is None else _step_of(checkpoint), keep_start=checkpoint is not None)
     recorder = Recorder(folder, f"{arm}, seed {seed}", config, trainer, test, watched, tell)
     trainer.add_callback(recorder)
@@ -111,7 +114,9 @@ def claim(folder: Path, decides: dict[str, Any]) -> None:
         if folder.exists() and any(folder.iterdir()):
             raise ConfigError(f"{folder} holds files but no config.yaml: empty it, or choose another `output`.")
         folder.mkdir(parents=True, exist_ok=True)
-        file.write_text(yaml.safe_dump(decides, sort_keys=False), encoding="utf-8")
+        unfinished = folder / "config.part"
+        unfinished.write_text(yaml.safe_dump(decides, sort_keys=False), encoding="utf-8")
+        unfinished.replace(file)
         return
     there = yaml.safe_load(file.read_text(encoding="utf-8"))
     if there != decides:
@@ -125,7 +130,7 @@ def claim(folder: Path, decides: dict[str, Any]) -> None:
 def _first_difference(old: Any, new: Any, key: str = "") -> tuple[str, Any, Any]:
     """Where two configurations first differ."""
     if isinstance(old, dict) and isinstance(new, dict):
-        name = next(k for k in [*new, *old] if old.get(k) != new.get(k))
+        name = next(k for k in [*new, *old] if (k in old, old.get(k)) != (k in new, new.get(k)))
         return _first_difference(old.get(name), new.get(name), f"{key}.{name}".lstrip("."))
     return key, old, new
 
@@ -167,9 +172,12 @@ def _lora(config: ExperimentConfig) -> Any:
     return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
-def _last_checkpoint(folder: Path) -> Path | None:
-    """The last checkpoint that is whole: our own file is written last."""
-    whole = [c for c in folder.glob("checkpoint-*") if (c / STATE_FILE).exists()]
+def _last_checkpoint(folder: Path, max_steps: int) -> Path | None:
+    """The last checkpoint that is whole: our own file is written last.
+
+    The one after the last step is not gone on from, since the trainer would take one step more than it should.
+    """
+    whole = [c for c in folder.glob("checkpoint-*") if (c / STATE_FILE).exists() and _step_of(c) < max_steps]
     for broken in set(folder.glob("checkpoint-*")) - set(whole):
         shutil.rmtree(broken)
     return max(whole, key=_step_of, default=None)
@@ -378,6 +386,8 @@ def main(about: str, fits: Callable[[ExperimentConfig], str | None]) -> None:
     require("datasets", "trl").disable_progress_bars()
     logging.getLogger("mechreward").setLevel(logging.ERROR)
     try:
+        if options.jobs < 1:
+            raise ConfigError(f"--jobs {options.jobs} is not possible: give the number of runs at a time, 1 or more.")
         config = read_config(options.config)
         if (wrong := fits(config)) is not None:
             raise ConfigError(f"{options.config}: {wrong}")
@@ -410,7 +420,8 @@ def chosen_runs(config: ExperimentConfig, only: list[str] | None, seeds: list[in
     for seed in seeds or []:
         if seed not in config.seeds:
             raise ConfigError(f"The configuration has no seed {seed}: it has {', '.join(map(str, config.seeds))}.")
-    return [(arm, seed) for seed in seeds or config.seeds for arm in only or config.arms]
+    wanted = [(arm, seed) for seed in seeds or config.seeds for arm in only or config.arms]
+    return list(dict.fromkeys(wanted))
 
 
 def _in_processes(options: argparse.Namespace, config: ExperimentConfig, grid: list[tuple[str, int]]) -> None:
