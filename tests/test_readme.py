@@ -44,3 +44,14 @@ def test_the_verdicts_on_the_research_page_are_those_of_the_results():
 def test_the_tables_are_made_from_the_json():
     results = ROOT / "experiments/results"
     assert markdown(json.loads((results / "pocket.json").read_text())) == (results / "pocket.md").read_text()
+
+
+def test_the_costs_are_those_of_the_benchmark():
+    comparisons = json.loads((ROOT / "benchmarks/results/overhead-cpu.json").read_text())["comparisons"]
+    for arm in ("generation", "old_logprobs", "reference", "topk", "forward", "naive"):
+        cells = []
+        for entry in (comparison["summary"][arm] for comparison in comparisons):
+            time, memory = entry["naive_over_this"]["median"], entry["naive_bytes_over_this"]
+            cells.append(f"{100 * entry['share_of_outcome_step']['median']:.2f} %")
+            cells.append("" if arm == "naive" else f"{time:.1f} x, {memory:.1f} x")
+        assert f"| {' | '.join(cells)} |" in README
