@@ -423,3 +423,19 @@ class TestData:
         ]
         assert "say how many with `rows`" in refuses({"path": "mechreward/pocket"})
         assert "Did you mean 'test'" in refuses({"path": "mechreward/pocket", "split": "tset", "rows": 5})
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("  beta: 0.04\n", "  beta: 0.04\n  warmup_steps: 2\n", "constant_with_warmup"),
+        (", mode: hero, scale_rewards: none", ", mode: hero", "cancels HERO's difficulty weight"),
+    ],
+)
+def test_settings_that_would_silently_do_nothing(tmp_path, old, new, says):
+    text = (ROOT / "configs/hybrid.yaml").read_text()
+    assert old in text
+    file = tmp_path / "config.yaml"
+    file.write_text(text.replace(old, new))
+    with pytest.raises(ConfigError, match=says):
+        read_config(file)

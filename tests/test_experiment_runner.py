@@ -575,3 +575,18 @@ def test_a_source_that_cannot_be_loaded_says_so_before_training(tmp_path):
         runner.run(config, "outcome", 0)
     with pytest.raises(ConfigError, match="There is no file"):
         data.load(config.data.train)
+
+
+class TestData:
+    def test_fewer_questions_than_a_step_needs(self):
+        config = read_config(ROOT / "configs/baseline.yaml")
+        few, test = mr.pocket.dataset("train", 11), mr.pocket.dataset("test", 5)
+        with pytest.raises(ConfigError, match="11 questions, fewer than one step's prompts_per_step = 12"):
+            runner._check_data(config, few, test)
+        runner._check_data(config, mr.pocket.dataset("train", 12), test)
+
+    def test_testing_on_what_was_trained_on(self):
+        config = read_config(ROOT / "configs/baseline.yaml")
+        train = mr.pocket.dataset("train", 20)
+        with pytest.raises(ConfigError, match=r"3 of the questions in data\.test are in data\.train"):
+            runner._check_data(config, train, train.select([1, 5, 7]))

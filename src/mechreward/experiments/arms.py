@@ -24,6 +24,7 @@ from mechreward.experiments.config import Arm, ExperimentConfig, Features
 from mechreward.experiments.data import load
 from mechreward.features.catalog import load_pack
 from mechreward.features.discover import select
+from mechreward.features.frozen import check_sae, frozen_readout
 from mechreward.features.pack import FeaturePack, PackFeature
 from mechreward.readout import Readings, Readout, ReadoutBank, Request, direction
 from mechreward.reward.aggregation import Aggregate, aggregation
@@ -81,20 +82,30 @@ def watched(config: ExperimentConfig) -> list[FeatureReward]:
     return [feature_reward(config, Features(pack=pack), 0, name=pack.split("/")[-1]) for pack in config.watch]
 
 
+def packs_of(config: ExperimentConfig) -> list[str]:
+    """Every pack that the experiment names."""
+    rewarded = [arm.features.pack for arm in config.arms.values() if arm.features is not None]
+    return list(dict.fromkeys([*rewarded, *config.watch]))
+
+
 def feature_reward(config: ExperimentConfig, features: Features, seed: int, name: str = "features") -> FeatureReward:
     """The part of an arm's reward that reads activations: a pack's features, or a control in their place."""
     pack = load_pack(features.pack)
-    sae = load_sae(pack.sae.release, pack.sae.sae_id)
-    if not pack.features:
-        pack = carried_out(pack, prepared(config, pack, sae))
-    ids, weights = [f.id for f in pack.features], [f.weight for f in pack.features]
-    if features.control == "direction":
-        found = prepared(config, pack, sae)
-        readout, weights = contrastive_direction(ids, weights, found, sae, name), [1.0]
+    if pack.frozen is not None and features.control in ("none", "shuffled"):
+        readout, weights = replace(frozen_readout(pack), name=name), [f.weight for f in pack.features]
     else:
-        if features.control == "random":
-            ids, weights = random_like(ids, weights, prepared(config, pack, sae), seed)
-        readout = sae.features(ids, name=name)
+        sae = load_sae(pack.sae.release, pack.sae.sae_id)
+        check_sae(pack, sae)
+        if not pack.features:
+            pack = carried_out(pack, prepared(config, pack, sae))
+        ids, weights = [f.id for f in pack.features], [f.weight for f in pack.features]
+        if features.control == "direction":
+            found = prepared(config, pack, sae)
+            readout, weights = contrastive_direction(ids, weights, found, sae, name), [1.0]
+        else:
+            if features.control == "random":
+                ids, weights = random_like(ids, weights, prepared(config, pack, sae), seed)
+            readout = sae.features(ids, name=name)
     options: dict[str, Any] = {
         "aggregation": features.aggregation or pack.aggregation,
         "reads": features.reads,
@@ -119,25 +130,27 @@ def random_like(ids: list[int], weights: list[float], contrast: Contrast, seed: 
     """Random latents in place of features: each fires about as often as the one that it replaces, and counts as much.
 
     A feature's substitute is drawn from the :data:`NEIGHBOURS` latents nearest in (log) firing rate, without the pack's
-    own. Its weight keeps the sign, and w' = w s / s', s the standard deviation over rollouts: |w| s is what the feature
-    contributes to the reward's spread.
+    own. Its weight keeps the sign, and w' = c w s / s', s the standard deviation over rollouts: |w| s is what the
+    feature contributes to the reward's spread. The pack's features vary together and random ones do not, so c brings
+    the spread of the whole reward to that of the pack's.
     """
     rng = np.random.default_rng([seed, 1])
-    spread = contrast.latents.astype(np.float64).std(axis=0)
+    latents = contrast.latents.astype(np.float64)
+    spread = latents.std(axis=0)
     rate = np.log(np.maximum(contrast.firing.astype(np.float64), 1e-9))
     free = np.flatnonzero((contrast.firing > 0) & (spread > 0) & ~np.isin(np.arange(len(rate)), ids))
     if len(free) < len(ids):
         raise ConfigError(
-            f"Only {len(free)} other latents fire on the discovery rollouts: too few for a random control."
+            f"Only {len(free)} other latents fire on the discovery rollouts: too few for control: random."
         )
-    chosen, rescaled = [], []
-    for feature, weight in zip(ids, weights, strict=True):
+    chosen: list[int] = []
+    for feature in ids:
         nearest = free[np.argsort(np.abs(rate[free] - rate[feature]), kind="stable")[:NEIGHBOURS]]
-        other = int(rng.choice(nearest))
-        free = free[free != other]
-        chosen.append(other)
-        rescaled.append(float(weight * spread[feature] / spread[other]))
-    return chosen, rescaled
+        chosen.append(int(rng.choice(nearest)))
+        free = free[free != chosen[-1]]
+    rescaled = np.array(weights) * spread[ids] / spread[chosen]
+    c = (latents[:, ids] @ np.array(weights)).std() / (latents[:, chosen] @ rescaled).std()
+    return chosen, (c * rescaled).tolist()
 
 
 def contrastive_direction(
@@ -268,10 +281,20 @@ def chosen(batch: RolloutBatch, rows: list[int]) -> RolloutBatch:
 def untrained(config: ExperimentConfig) -> tuple[Any, Any]:
     """The model that training starts from, and its tokenizer."""
     path = pocket.resolve(config.model)
-    dtype = torch.bfloat16 if config.training.bf16 else torch.float32
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    try:
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype_of(config)))
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        said = " ".join(str(error).split())
+        raise ConfigError(
+            f"The model {config.model} cannot be loaded ({type(error).__name__}: {said[:200]})."
+        ) from error
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
+
+
+def dtype_of(config: ExperimentConfig) -> str:
+    """What the weights are kept in: bfloat16 only where they are frozen, since small updates vanish in it."""
+    return "bfloat16" if config.training.bf16 and config.training.lora_rank else "float32"
 
 
 def sampling(config: ExperimentConfig) -> dict[str, Any]:

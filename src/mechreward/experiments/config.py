@@ -121,6 +121,8 @@ class Arm(Strict):
             raise ValueError("rewards nothing: give it outcome, features or both")
         if self.mode != "sum" and (self.outcome == 0 or self.features is None):
             raise ValueError(f"has mode {self.mode}, which combines outcome and features: give both")
+        if self.mode == "hero" and self.scale_rewards == "group":
+            raise ValueError("has mode hero and scale_rewards group, which cancels HERO's difficulty weight: use none")
         return self
 
 
@@ -145,6 +147,7 @@ class Training(Strict):
         num_generations: Rollouts a question.
         max_completion_length: Tokens.
         learning_rate, lr_scheduler_type, warmup_steps, beta, temperature, gradient_checkpointing, bf16: As in TRL.
+            With bf16, weights that are trained stay in float32.
         gradient_accumulation_steps: A step's rollouts are trained on in so many parts.
         lora_rank: Train a LoRA adapter of this rank on all linear layers; None trains every weight.
     """
@@ -165,6 +168,8 @@ class Training(Strict):
 
     @model_validator(mode="after")
     def _divides(self) -> Training:
+        if self.warmup_steps and self.lr_scheduler_type == "constant":
+            raise ValueError("has warmup_steps, which lr_scheduler_type constant ignores: use constant_with_warmup")
         rollouts = self.prompts_per_step * self.num_generations
         if rollouts % self.gradient_accumulation_steps:
             raise ValueError(

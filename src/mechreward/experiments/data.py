@@ -9,6 +9,7 @@ from mechreward import pocket
 from mechreward.errors import ConfigError, nearest
 from mechreward.experiments.config import Source
 from mechreward.extras import require
+from mechreward.schema import shown
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -42,6 +43,8 @@ def _load(source: Source) -> Dataset:
         raise ConfigError(f"{where} has no rows: check its split.")
 
     def question(row: Any) -> dict[str, str]:
+        if row[source.answer] is None:
+            raise ConfigError(f"{where} has a row without an answer in '{source.answer}': {shown(row)}.")
         kept = {"prompt": source.prompt.format(**row), "answer": str(row[source.answer])}
         return kept | ({"solution": row["solution"]} if source.path == pocket.MODEL_ID else {})
 
@@ -69,5 +72,5 @@ def _from_datasets(source: Source) -> Dataset:
         said = " ".join(str(error).split())
         raise ConfigError(
             f"{where} cannot be loaded ({type(error).__name__}: {said[:200]}): check its path, subset and split, and "
-            "the network, or download it and give a local .jsonl file."
+            "the network, or download it and give a local .jsonl file (whose split is train)."
         ) from error

@@ -41,7 +41,7 @@ def markdown(report: Report) -> str:
                 f"| {' '.join(f'{v:+.3f}' for v in right['per_seed'])} | {_signed(d['right_over_training'])} "
                 f"| {steps_too} |"
             )
-    lines += ["", *_verdicts(report), "", *_details(report)]
+    lines += ["", *_verdicts(report), "", *_pairs(report), *_details(report)]
     return "\n".join(lines) + "\n"
 
 
@@ -56,6 +56,19 @@ def _setting(report: Report) -> str:
         "draw for each seed, the same for all arms, answered once at the training temperature. Intervals: 95 %, "
         "Student's t over seeds."
     )
+
+
+def _pairs(report: Report) -> list[str]:
+    if not report["pairs"]:
+        return []
+    lines = [
+        "### The other pairs, accuracy at the last step",
+        "",
+        "| pair | difference | t over seeds |",
+        "|---|---|---|",
+    ]
+    lines += [f"| {pair} | {d['mean']:+.3f} | {_interval(d['student'])} |" for pair, d in report["pairs"].items()]
+    return [*lines, ""]
 
 
 def _verdicts(report: Report) -> list[str]:
@@ -92,7 +105,8 @@ def _details(report: Report) -> list[str]:
         "### What else was measured",
         "",
         f"| arm | steps to {report['target']:.0%} | right steps, start and end | tokens, start and end "
-        "| KL, last five steps | own reading, first and last five steps | flagged | our share of the time |",
+        "| KL, last five steps | own reading, first and last five steps | flagged "
+        "| our share of the time, with the watched pack |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, arm in arms.items():
@@ -102,8 +116,8 @@ def _details(report: Report) -> list[str]:
         lines.append(
             f"| {name} | {median} ({reached['reached']} of {len(arm['seeds'])}) "
             f"| {_ends(arm['curves'].get('right_steps'))} | {_ends(arm['curves']['tokens'], 1)} "
-            f"| {arm['kl']['mean']:.4f} | {'' if own is None else _first_and_last(own)} | {arm['flagged']:.2%} "
-            f"| {arm['our_share_of_time']['mean']:.2%} |"
+            f"| {_number(arm['kl']['mean'], '.4f')} | {'' if own is None else _first_and_last(own)} "
+            f"| {arm['flagged']:.2%} | {arm['our_share_of_time']['mean']:.2%} |"
         )
     if all(arm["complete"] for arm in arms.values()):
         lines += ["", *_complete_rollouts(arms)]

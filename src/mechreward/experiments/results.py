@@ -8,6 +8,7 @@ where they differ much. A difference counts as shown only if both leave out 0.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -209,7 +210,16 @@ def compare(output: str | Path, baseline: str, target: float) -> dict[str, Any]:
         "environment": json.loads((_a_folder(output) / "environment.json").read_text(encoding="utf-8")),
         "arms": {arm: _of_arm(arm, runs[arm], runs[baseline], baseline, watched, target) for arm in order},
     }
+    others = itertools.combinations([arm for arm in reversed(order) if arm != baseline], 2)
+    report["pairs"] = {f"{one} - {two}": _pair(runs[one], runs[two]) for one, two in others}
     return _without_infinities(report)
+
+
+def _pair(one: list[Run], two: list[Run]) -> dict[str, Any]:
+    """Accuracy at the last step, one arm minus another, by Student's t over the seeds that both have."""
+    theirs = {run.seed: run.rows[-1]["right"].mean() for run in two}
+    gaps = [run.rows[-1]["right"].mean() - theirs[run.seed] for run in one if run.seed in theirs]
+    return {"mean": float(np.mean(gaps)) if gaps else np.nan, "student": t_interval(gaps)}
 
 
 def _without_infinities(value: Any) -> Any:
@@ -271,13 +281,13 @@ def _over_seeds(values: Sequence[float]) -> dict[str, Any]:
 
 
 def _last_of(run: Run, key: str) -> float:
-    return float(np.mean([log[key] for log in run.metrics[-5:]]))
+    return float(np.mean([log.get(key, np.nan) for log in run.metrics[-5:]]))
 
 
 def _at(run: Run, part: str, key: str = "reward") -> float:
     """The mean over the first or the last five training steps."""
     logs = run.metrics[:5] if part == "first" else run.metrics[-5:]
-    return float(np.mean([log[key] for log in logs]))
+    return float(np.mean([log.get(key, np.nan) for log in logs]))
 
 
 def _complete(runs: list[Run], step: int) -> dict[str, Any]:

@@ -8,9 +8,9 @@ and ``summary.json``.
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib.metadata
 import json
-import logging
 import os
 import platform
 import shutil
@@ -29,14 +29,16 @@ import transformers
 import yaml
 
 from mechreward import pocket, verifiers
-from mechreward.errors import ConfigError, MechRewardError, nearest
+from mechreward.errors import ConfigError, MechRewardError, RewardError, nearest
 from mechreward.experiments import arms, data
 from mechreward.experiments.config import ExperimentConfig, read_config
 from mechreward.extras import require
+from mechreward.features.catalog import load_pack
 from mechreward.integrations.trl_grpo import STATE_FILE, MechRewardGRPOConfig, MechRewardGRPOTrainer
 from mechreward.pocket.questions import step_accuracy
 from mechreward.reward.feature_reward import FeatureReward
 from mechreward.rollout.hf import HFSource, sample
+from mechreward.schema import shown
 
 PACKAGES = ("mechreward", "torch", "transformers", "trl", "accelerate", "datasets", "peft", "math-verify")
 
@@ -62,6 +64,8 @@ def run(config: ExperimentConfig, arm: str, seed: int, tell: Callable[[str], Non
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("Experiments run in one process: start them with python, not with torchrun or accelerate.")
+    if torch.cuda.device_count() > 1:
+        raise ConfigError("Experiments run on one GPU, and several are visible: set CUDA_VISIBLE_DEVICES=0, say.")
     folder = Path(config.output) / arm / f"seed-{seed}"
     decides = config.run(arm, seed)
     if (folder / "config.yaml").exists():
@@ -71,6 +75,7 @@ def run(config: ExperimentConfig, arm: str, seed: int, tell: Callable[[str], Non
         return folder
     torch.manual_seed(seed)
     questions, test = data.load(config.data.train), test_questions(config, seed)
+    _check_data(config, questions, test)
     watched, reward = arms.watched(config), arms.build(config, config.arms[arm], seed)
     claim(folder, decides)  # only now: what can't be loaded leaves no folder behind
     trainer = MechRewardGRPOTrainer(
@@ -88,6 +93,8 @@ def run(config: ExperimentConfig, arm: str, seed: int, tell: Callable[[str], Non
     trainer.add_callback(recorder)
     _write_json(folder / "environment.json", environment())
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if trainer.state.global_step != config.training.max_steps:
+        raise RewardError(f"{folder} stopped after {trainer.state.global_step} steps: start it again to go on.")
     trainer.save_model(str(folder / "model"))
     _write_json(folder / "summary.json", {"steps": trainer.state.global_step, **recorder.last})
     for leftover in folder.glob("checkpoint-*"):
@@ -101,6 +108,20 @@ def test_questions(config: ExperimentConfig, seed: int) -> Any:
     wanted = min(config.evaluation.questions or len(test), len(test))
     numbers = sorted(np.random.default_rng(seed).choice(len(test), wanted, replace=False).tolist())
     return test.select(numbers).add_column("number", numbers)
+
+
+def _check_data(config: ExperimentConfig, questions: Any, test: Any) -> None:
+    """Refuse what would train nothing, or test what was trained on."""
+    needed = config.training.prompts_per_step
+    if len(questions) < needed:
+        raise ConfigError(
+            f"data.train has {len(questions)} questions, fewer than one step's prompts_per_step = {needed}."
+        )
+    if both := set(questions["prompt"]) & set(test["prompt"]):
+        raise ConfigError(
+            f"{len(both)} of the questions in data.test are in data.train too, e.g. {shown(min(both))}: choose "
+            "sets that do not overlap."
+        )
 
 
 def claim(folder: Path, decides: dict[str, Any]) -> None:
@@ -118,7 +139,10 @@ def claim(folder: Path, decides: dict[str, Any]) -> None:
         unfinished.write_text(yaml.safe_dump(decides, sort_keys=False), encoding="utf-8")
         unfinished.replace(file)
         return
-    there = yaml.safe_load(file.read_text(encoding="utf-8"))
+    try:
+        there = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        raise ConfigError(f"{file} is damaged: delete that folder, or choose another `output`.") from None
     if there != decides:
         key, old, new = _first_difference(there, decides)
         raise ConfigError(
@@ -152,7 +176,7 @@ def _trl_config(config: ExperimentConfig, arm: str, seed: int, folder: Path) -> 
         temperature=t.temperature,
         gradient_checkpointing=t.gradient_checkpointing,
         bf16=t.bf16,
-        model_init_kwargs={"dtype": "bfloat16" if t.bf16 else "float32"},
+        model_init_kwargs={"dtype": arms.dtype_of(config)},
         scale_rewards=config.arms[arm].scale_rewards,
         use_cpu=not torch.cuda.is_available(),
         logging_steps=1,
@@ -377,14 +401,19 @@ def main(about: str, fits: Callable[[ExperimentConfig], str | None]) -> None:
     parser.add_argument("--config", required=True, type=Path, help="the experiment's YAML file")
     parser.add_argument("--arm", action="append", help="only this arm (may be repeated); default: all")
     parser.add_argument("--seed", action="append", type=int, help="only this seed (may be repeated); default: all")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each in a process of its own (default 1)")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        help="runs at a time, each in a process of its own, all on the same GPU if there is one (default 1)",
+    )
     parser.add_argument("--debug", action="store_true", help="show where an error comes from")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
+    warnings.filterwarnings("default", module=r"mechreward\.")  # ours are about the experiment
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     require("datasets", "trl").disable_progress_bars()
-    logging.getLogger("mechreward").setLevel(logging.ERROR)
     try:
         if options.jobs < 1:
             raise ConfigError(f"--jobs {options.jobs} is not possible: give the number of runs at a time, 1 or more.")
@@ -392,9 +421,14 @@ def main(about: str, fits: Callable[[ExperimentConfig], str | None]) -> None:
         if (wrong := fits(config)) is not None:
             raise ConfigError(f"{options.config}: {wrong}")
         grid = chosen_runs(config, options.arm, options.seed)
+        for pack in map(load_pack, arms.packs_of(config)):
+            if pack.status == "candidate":
+                print(f"{pack.name} is a candidate pack: {pack.status_reason}")
         if options.jobs == 1 or len(grid) == 1:
             for arm, seed in grid:
                 run(config, arm, seed)
+                gc.collect()  # a trainer and its model hold each other; on a GPU the next would not fit beside them
+                torch.cuda.empty_cache()
         else:
             _in_processes(options, config, grid)
     except MechRewardError as error:
