@@ -451,7 +451,7 @@ class TestPrepared:
             {"discovery": {"seed": 1}},
             {"training": {"max_completion_length": 49}},
             {"training": {"temperature": 0.9}},
-            {"training": {"bf16": True}},  # the untrained model is loaded in another precision
+            {"training": {"bf16": True, "lora_rank": 4}},  # the untrained model is loaded in another precision
             {"evaluation": {"batch_size": 7}},  # rollouts are sampled in other batches: other random numbers
         ],
         ids=str,

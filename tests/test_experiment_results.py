@@ -105,7 +105,7 @@ def test_where_seeds_differ_resampling_alone_would_show_too_much():
 )
 def test_a_difference_is_shown_only_if_both_intervals_leave_out_0(resampled, student, shown):
     d = Difference(0.1, [0.1], resampled, student)
-    assert d.shown is shown is page.shown(vars(d))
+    assert d.shown is shown is d.report()["shown"]
 
 
 # -- runs by hand ------------------------------------------------------------------------------------------------------

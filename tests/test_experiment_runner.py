@@ -90,6 +90,7 @@ class TestClaim:
 
     def test_an_empty_folder_may_be_used(self, tmp_path):
         runner.claim(tmp_path, {"seed": 0})
+        assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == {"seed": 0}
 
 
 class TestCheckpoints:
@@ -123,11 +124,11 @@ class TestRecords:
         rows = [{"step": step, "k": k} for step in (0, 1, 2, 2, 3, 4) for k in range(2)]
         for name in ("metrics.jsonl", "samples.jsonl"):
             (tmp_path / name).write_text("".join(json.dumps(r) + "\n" for r in rows) + '{"step": 5, ')
-        runner._forget_after(tmp_path, 2, keep_start=True)
+        runner._forget_after(tmp_path, 2)
         for name in ("metrics.jsonl", "samples.jsonl"):
             assert runner.read_jsonl(tmp_path / name) == [r for r in rows if r["step"] <= 2]
         assert len(list(tmp_path.iterdir())) == 2
-        runner._forget_after(tmp_path, 0, keep_start=False)  # no checkpoint: the start is evaluated again, too
+        runner._forget_after(tmp_path, -1)  # no checkpoint: the start is evaluated again, too
         assert runner.read_jsonl(tmp_path / "samples.jsonl") == []
 
 

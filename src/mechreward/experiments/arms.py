@@ -204,7 +204,7 @@ def prepared(config: ExperimentConfig, pack: FeaturePack, sae: SAEHandle) -> Con
         "data": config.model_dump(mode="json")["data"]["discovery"],
         "discovery": config.discovery.model_dump(mode="json"),
         "length": config.training.max_completion_length,
-        "bf16": config.training.bf16,
+        "dtype": dtype_of(config),
         "batch_size": config.evaluation.batch_size,  # decides the stream of random numbers
         "temperature": config.training.temperature,
         "sae": pack.sae.model_dump(mode="json"),

@@ -67,7 +67,9 @@ def _pairs(report: Report) -> list[str]:
         "| pair | difference | t over seeds |",
         "|---|---|---|",
     ]
-    lines += [f"| {pair} | {d['mean']:+.3f} | {_interval(d['student'])} |" for pair, d in report["pairs"].items()]
+    lines += [
+        f"| {pair} | {_number(d['mean'], '+.3f')} | {_interval(d['student'])} |" for pair, d in report["pairs"].items()
+    ]
     return [*lines, ""]
 
 
@@ -81,7 +83,7 @@ def _verdicts(report: Report) -> list[str]:
             continue
         lows, highs = zip(d["resampled"], d["student"], strict=True)
         low, high = min(lows), max(highs)
-        if shown(d):
+        if d["shown"]:
             more = "more" if d["mean"] > 0 else "less"
             said.append(f"- `{name}` is {more} accurate: {d['mean']:+.3f} ({low:+.3f} to {high:+.3f}).")
         else:
@@ -89,13 +91,6 @@ def _verdicts(report: Report) -> list[str]:
                 f"- `{name}`: no difference shown. Anything from {low:+.3f} to {high:+.3f} is compatible with the data."
             )
     return [f"Arms compared: {len(compared)}, without correction for their number.", "", *said]
-
-
-def shown(difference: dict[str, Any]) -> bool:
-    """Whether both intervals leave out 0."""
-    return None not in difference["student"] and all(
-        low > 0 or high < 0 for low, high in (difference["resampled"], difference["student"])
-    )
 
 
 def _details(report: Report) -> list[str]:

@@ -145,6 +145,10 @@ class Difference:
         """Whether both intervals leave out 0."""
         return all(low > 0 or high < 0 for low, high in (self.resampled, self.student))
 
+    def report(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**vars(self), "shown": self.shown}
+
 
 def difference(arm: Sequence[Run], baseline: Sequence[Run], column: str = "right", area: bool = False) -> Difference:
     """An arm minus the baseline, paired by seed and question.
@@ -248,7 +252,7 @@ def _of_arm(
         "complete": [_complete(runs, step) for step in (0, -1)] if "right_steps" in columns else None,
         "greedy_accuracy": _over_seeds([run.figures[-1]["greedy_accuracy"] for run in runs]),
         "steps_to_target": {"per_seed": reached, "reached": len(there), "median": _median(reached)},
-        "kl": _over_seeds([_last_of(run, "kl") for run in runs]),
+        "kl": _over_seeds([_at(run, "last", "kl") for run in runs]),
         "reward": {part: _over_seeds([_at(run, part) for run in runs]) for part in ("first", "last")},
         "own_reading": _own_reading(runs),
         "flagged": float(np.mean([log["guards/flagged"] for run in runs for log in run.metrics])),
@@ -256,8 +260,8 @@ def _of_arm(
         "readings": {name: _reading(runs, name) for name in watched},
     }
     if arm != baseline:
-        report["difference"] = {c: vars(difference(runs, base, c)) for c in columns}
-        report["difference"]["right_over_training"] = vars(difference(runs, base, "right", area=True))
+        report["difference"] = {c: difference(runs, base, c).report() for c in columns}
+        report["difference"]["right_over_training"] = difference(runs, base, "right", area=True).report()
     return report
 
 
@@ -278,10 +282,6 @@ def _over_seeds(values: Sequence[float]) -> dict[str, Any]:
     known = np.array([value for value in values if not np.isnan(value)])
     mean = float(known.mean()) if len(known) else np.nan
     return {"mean": mean, "interval": t_interval(known), "per_seed": list(map(float, values))}
-
-
-def _last_of(run: Run, key: str) -> float:
-    return float(np.mean([log.get(key, np.nan) for log in run.metrics[-5:]]))
 
 
 def _at(run: Run, part: str, key: str = "reward") -> float:

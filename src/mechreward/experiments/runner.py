@@ -88,7 +88,7 @@ def run(config: ExperimentConfig, arm: str, seed: int, tell: Callable[[str], Non
     )
     trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
     checkpoint = _last_checkpoint(folder, config.training.max_steps)
-    _forget_after(folder, 0 if checkpoint is None else _step_of(checkpoint), keep_start=checkpoint is not None)
+    _forget_after(folder, -1 if checkpoint is None else _step_of(checkpoint))
     recorder = Recorder(folder, f"{arm}, seed {seed}", config, trainer, test, watched, tell)
     trainer.add_callback(recorder)
     _write_json(folder / "environment.json", environment())
@@ -135,9 +135,7 @@ def claim(folder: Path, decides: dict[str, Any]) -> None:
         if folder.exists() and any(folder.iterdir()):
             raise ConfigError(f"{folder} holds files but no config.yaml: empty it, or choose another `output`.")
         folder.mkdir(parents=True, exist_ok=True)
-        unfinished = folder / "config.part"
-        unfinished.write_text(yaml.safe_dump(decides, sort_keys=False), encoding="utf-8")
-        unfinished.replace(file)
+        _write(file, yaml.safe_dump(decides, sort_keys=False))
         return
     try:
         there = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -211,16 +209,14 @@ def _step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.split("-")[1])
 
 
-def _forget_after(folder: Path, step: int, keep_start: bool) -> None:
-    """Drop what was recorded after the checkpoint: it is about to be computed again."""
+def _forget_after(folder: Path, step: int) -> None:
+    """Drop what was recorded after a step: it is about to be computed again."""
     for name in ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl"):
         file = folder / name
         if not file.exists():
             continue
-        kept = [r for r in read_jsonl(file) if r["step"] <= step] if keep_start else []
-        unfinished = file.with_suffix(".part")
-        unfinished.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
-        unfinished.replace(file)
+        kept = [r for r in read_jsonl(file) if r["step"] <= step]
+        _write(file, "".join(json.dumps(r) + "\n" for r in kept))
 
 
 def read_jsonl(file: Path) -> list[dict[str, Any]]:
@@ -234,8 +230,15 @@ def read_jsonl(file: Path) -> list[dict[str, Any]]:
     return records
 
 
+def _write(file: Path, text: str) -> None:
+    """All or nothing: a file that is there counts as finished."""
+    unfinished = file.with_suffix(".part")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(file)
+
+
 def _write_json(file: Path, content: dict[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    _write(file, json.dumps(content, indent=2) + "\n")
 
 
 def environment() -> dict[str, Any]:
