@@ -86,7 +86,7 @@ LAYER_LISTS = {
     "GPTNeoXForCausalLM": "gpt_neox.layers",
     "GPT2LMHeadModel": "transformer.h",
 }
-SAE_KINDS = ["standard", "jumprelu", "topk", "topk_rescaled", "gated", "batchtopk"]
+SAE_KINDS = ["standard", "jumprelu", "topk", "topk_rescaled", "gated", "batchtopk", "matryoshka"]
 NORMS = ["none", "constant_norm_rescale", "layer_norm"]
 LATENTS = 64
 
@@ -119,9 +119,13 @@ def residual(model, ids, point) -> torch.Tensor:
 def random_sae(
     kind: str, norm: str = "none", b_dec: bool = True, d_in: int = WIDTH, d_sae: int = LATENTS, seed: int = 0
 ):
-    """A SAELens object with random weights; "batchtopk" is the training class, which saves itself as JumpReLU."""
+    """A SAELens object with random weights; "batchtopk" and "matryoshka" are what is trained, and saved as JumpReLU."""
     import sae_lens
     from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
+    from sae_lens.saes.matryoshka_batchtopk_sae import (
+        MatryoshkaBatchTopKTrainingSAE,
+        MatryoshkaBatchTopKTrainingSAEConfig,
+    )
 
     options = {
         "d_in": d_in,
@@ -140,7 +144,14 @@ def random_sae(
     elif kind == "gated":
         sae = sae_lens.GatedSAE(sae_lens.GatedSAEConfig(**options))
     else:
-        sae = BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(**options, k=8.0, rescale_acts_by_decoder_norm=True))
+        options |= {"k": 8.0, "rescale_acts_by_decoder_norm": True}
+        if kind == "batchtopk":
+            sae = BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(**options))
+        else:
+            widths = [d_sae // 4, d_sae // 2, d_sae]
+            sae = MatryoshkaBatchTopKTrainingSAE(
+                MatryoshkaBatchTopKTrainingSAEConfig(**options, matryoshka_widths=widths)
+            )
         sae.topk_threshold.fill_(1.5)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

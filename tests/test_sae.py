@@ -65,9 +65,10 @@ def test_all_and_chosen_latents_equal_saelens(saved_sae, kind, norm, b_dec):
     assert handle.features(chosen).width == 4
 
 
+@pytest.mark.parametrize("kind", ["batchtopk", "matryoshka"])
 @pytest.mark.parametrize("norm", NORMS)
-def test_batchtopk_equals_the_formula_of_the_one_that_was_trained(tmp_path, norm):
-    trained = random_sae("batchtopk", norm)
+def test_batchtopk_equals_the_formula_of_the_one_that_was_trained(tmp_path, norm, kind):
+    trained = random_sae(kind, norm)
     save_sae(trained, tmp_path)
     x = vectors()
     v = trained.process_sae_in(x)
@@ -113,6 +114,77 @@ def test_norm_scaling_factor_equals_saelens_folding(tmp_path):
     unscaled = save_sae(random_sae("jumprelu"), tmp_path / "none")
     handle = formats.saelens(tmp_path / "none", scale=0.37)
     assert_readings(encode(handle, range(LATENTS), x), unscaled, x, range(LATENTS))
+
+
+KINDS_OF_CHECKPOINTS = ["standard", "jumprelu", "topk", "gated"]
+
+
+def checkpoint(folder, kind, norm, b_dec=True):
+    """What SAELens writes while it trains: unfolded weights, and the input's statistics beside them."""
+    from sae_lens.training.activation_scaler import ActivationScaler
+
+    scaler = ActivationScaler()
+    if norm == "expected_average_only_in":
+        scaler.scaling_factor = 0.37
+    else:
+        generator = torch.Generator().manual_seed(3)
+        mixed = torch.randn(2000, WIDTH, generator=generator) @ torch.randn(WIDTH, WIDTH, generator=generator) + 0.5
+        batches = iter(mixed.split(100))
+        scaler.estimate_whitening(WIDTH, batches, n_batches_for_norm_estimate=20)
+    random_sae(kind, norm, b_dec).save_model(folder)
+    scaler.save(str(folder / "activation_scaler.json"))
+    return scaler
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_CHECKPOINTS)
+@pytest.mark.parametrize("norm", ["expected_average_only_in", "covariance_whitening"])
+@pytest.mark.parametrize("b_dec", [True, False], ids=["b_dec", "no_b_dec"])
+def test_a_checkpoint_of_training_equals_what_saelens_folds_at_the_end(tmp_path, kind, norm, b_dec):
+    scaler = checkpoint(tmp_path, kind, norm, b_dec)
+    # In float64: the encoder as it is being trained, on the input as it is scaled for it.
+    x = vectors()
+    trained = random_sae(kind, norm, b_dec).double()
+    trained.cfg.dtype = "float64"
+    want = trained.encode(scaler.scale(x.double())).detach()
+    handle = mr.load_sae(path=tmp_path)
+    got = encode(handle, range(LATENTS), x).double()
+    close = (got - want).abs() <= 1e-4 * want.abs().amax(-1, keepdim=True)
+    assert close.float().mean() > 0.999 and 0.02 < (want > 0).double().mean() < 0.98
+    decoded = scaler.unscale(trained.decode(want)).detach()
+    difference = (handle.decode(want.float(), x).double() - decoded).abs()
+    assert (difference <= 1e-4 * decoded.abs().amax(-1, keepdim=True)).all()
+    few = handle.features([63, 0, 17])
+    assert few.weight.shape[1] == (LATENTS if kind == "topk" else 3)
+    assert encode(handle, [63, 0, 17], x).allclose(got[:, [63, 0, 17]].float(), atol=1e-4, rtol=1e-4)
+
+
+def test_a_checkpoint_without_its_statistics_or_with_damaged_ones_is_refused(tmp_path):
+    checkpoint(tmp_path / "scale", "standard", "expected_average_only_in")
+    file = tmp_path / "scale" / "activation_scaler.json"
+    for text in ('{"scaling_factor": null}', "{}"):
+        file.write_text(text)
+        one_sentence(lambda: mr.load_sae(path=tmp_path / "scale"), "scaling factor")
+    for value in ("-1", "0", "NaN", "Infinity", '"x"', "[1]"):
+        file.write_text(f'{{"scaling_factor": {value}}}')
+        one_sentence(lambda: mr.load_sae(path=tmp_path / "scale"), file)
+    checkpoint(tmp_path / "whiten", "standard", "covariance_whitening")
+    file = tmp_path / "whiten" / "activation_whitening.safetensors"
+    whole = load_file(file)
+    for name in whole:
+        save_file(whole | {name: whole[name][1:].contiguous()}, file)
+        one_sentence(lambda: mr.load_sae(path=tmp_path / "whiten"), file, name)
+        save_file({k: v for k, v in whole.items() if k != name}, file)
+        one_sentence(lambda: mr.load_sae(path=tmp_path / "whiten"), file, name)
+    file.unlink()
+    one_sentence(lambda: mr.load_sae(path=tmp_path / "whiten"), "covariance_whitening", file.name)
+
+
+@pytest.mark.parametrize("kind", ["abstopk", "matching_pursuit", "temporal", "transcoder", "batchtopk"])
+def test_saelens_other_architectures_are_named_when_they_are_refused(tmp_path, kind):
+    random_sae("standard").save_model(tmp_path)
+    config = json.loads((tmp_path / "cfg.json").read_text()) | {"architecture": kind}
+    (tmp_path / "cfg.json").write_text(json.dumps(config))
+    one_sentence(lambda: mr.load_sae(path=tmp_path), f"'{kind}'", "standard, jumprelu, topk and gated")
 
 
 # Configurations from before SAELens 6, whose own reader tells what they mean

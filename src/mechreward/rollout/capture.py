@@ -83,6 +83,7 @@ _MODEL_TYPES = {
     "gemma-3-": {"gemma3", "gemma3_text"},
     "llama": {"llama"},
     "qwen2": {"qwen2"},
+    "qwen3.5": {"qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"},  # before the one that is part of it
     "qwen3": {"qwen3", "qwen3_moe"},
     "gpt2": {"gpt2"},
     "pythia": {"gpt_neox"},

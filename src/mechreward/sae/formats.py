@@ -27,7 +27,7 @@ def open_path(path: Path) -> SAEHandle:
     if path.name.endswith(".sae.pt"):
         return qwen_scope(path)
     if path.suffix in (".pt", ".pth"):
-        return goodfire(path)
+        return topk_checkpoint(path) if TorchReader(path).names & {"W_enc", "W_dec"} else goodfire(path)
     if path.suffix in (".pkl", ".bin", ".pickle"):
         raise SAEError(f"{path} is a pickle, which can run code when it is loaded: convert it to safetensors first.")
     if path.suffix == ".npz":
@@ -48,12 +48,14 @@ def saelens(
 ) -> SAEHandle:
     """SAELens' own format: ``cfg.json`` and ``sae_weights.safetensors`` with W_enc [d, n], b_enc, W_dec [n, d], b_dec.
 
-    Formulas: sae_lens/saes/*.py, version 6 (``encode`` of each class).
+    Formulas: sae_lens/saes/*.py, version 6 (``encode`` of each class). SAELens folds what it did to the input into the
+    weights at the end of training; a checkpoint from before that has the statistics in a file beside it.
 
     Args:
         folder: Where the two files are.
         model_name: The model whose activations it was trained on, if known better than by ``cfg.json``.
-        scale: The norm scaling factor of an SAE with ``expected_average_only_in``; such files do not hold it.
+        scale: The norm scaling factor of an SAE with ``expected_average_only_in``; by default the one in
+            ``activation_scaler.json``, if there is one.
         name: What to call it.
         overrides: Entries that replace those of ``cfg.json`` (SAELens' registry corrects some releases so).
     """
@@ -73,24 +75,32 @@ def saelens(
         )
     if kind == "topk" and not 1 <= k <= d_sae:
         raise SAEError(f"{folder / 'cfg.json'} says k={k} of {d_sae} latents: it is damaged.")
+    whitening = None
     if norm == "expected_average_only_in":
-        if scale is None:
-            raise SAEError(f"{folder} needs its norm scaling factor, which is not in its files: save it folded.")
+        scale = _training_scale(folder) if scale is None else scale
         norm = "none"
     else:
         scale = None
+    if norm == "covariance_whitening":
+        whitening, norm = _whitening(folder, d_model), "none"
     if norm not in ("none", "constant_norm_rescale", "layer_norm"):
         raise SAEError(f"{folder} normalises its input by '{norm}', which can't be read: fold it into the weights.")
     read = SafetensorsReader(folder / "sae_weights.safetensors")
-    _check_shape(folder, read, d_model, d_sae)
+    gates = ("b_gate", "r_mag", "b_mag")
+    vectors = gates if kind == "gated" else ("b_enc", "threshold") if kind == "jumprelu" else ("b_enc",)
+    _check_shapes(folder, read, d_model, d_sae, vectors)
     shift = read("b_dec") if config["apply_b_dec_to_input"] else None
+    if whitening is not None:  # (x - mean) M - b_dec = (x - (mean + b_dec M^-1)) M
+        mean, _, unwhiten = whitening
+        shift = mean if shift is None else mean + shift @ unwhiten
 
     def read_encoder(ids: list[int] | None) -> EncoderColumns:
         weight = read("W_enc", ids, axis=1)
+        if whitening is not None:
+            weight = whitening[1] @ weight
         if kind == "gated":
-            names = ("b_gate", "r_mag", "b_mag")
-            gates = Nonlinearity("gated", {n: read(n, ids) for n in names})
-            return EncoderColumns(weight, torch.zeros(weight.shape[1]), gates)
+            nonlinearity = Nonlinearity("gated", {name: read(name, ids) for name in gates})
+            return EncoderColumns(weight, torch.zeros(weight.shape[1]), nonlinearity)
         bias = read("b_enc", ids)
         if config.get("rescale_acts_by_decoder_norm"):
             norms = read("W_dec", ids).norm(dim=-1)  # topk(z ||W_dec||): folded into the encoder
@@ -99,10 +109,13 @@ def saelens(
         return EncoderColumns(weight, bias, Nonlinearity(kind, parameters, k))  # pyright: ignore
 
     def read_decoder() -> tuple[Tensor, Tensor]:
-        w_dec = read("W_dec")
+        w_dec, b_dec = read("W_dec"), read("b_dec")
         if config.get("rescale_acts_by_decoder_norm"):
             w_dec = w_dec / w_dec.norm(dim=-1, keepdim=True)
-        return w_dec, read("b_dec")
+        if whitening is not None:
+            mean, _, unwhiten = whitening
+            w_dec, b_dec = w_dec @ unwhiten, b_dec @ unwhiten + mean
+        return w_dec, b_dec
 
     return SAEHandle(
         name=name or str(folder),
@@ -115,6 +128,34 @@ def saelens(
         read_decoder=read_decoder,
         transform=InputTransform(norm, shift, scale or 1.0, config["centered"]),
     )
+
+
+def _training_scale(folder: Path) -> float:
+    """What SAELens multiplies the input by until it folds it (``ActivationScaler.save``)."""
+    file = folder / "activation_scaler.json"
+    scale = _json(file).get("scaling_factor") if file.exists() else None
+    if scale is None:
+        raise SAEError(f"{folder} needs its norm scaling factor, which is not in its files: save it folded.")
+    if not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
+        raise SAEError(f"{file} says the scaling factor is {str(scale)[:40]}: it is damaged.")
+    return float(scale)
+
+
+def _whitening(folder: Path, d_model: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The mean, M and M^-1 of SAELens' whitening (x - mean) M (arXiv 2511.13981) until it folds them into the weights.
+
+    Formula: sae_lens/saes/sae.py, ``fold_activation_whitening``.
+    """
+    file = folder / "activation_whitening.safetensors"
+    if not file.exists():
+        raise SAEError(
+            f"{folder} normalises its input by 'covariance_whitening', and {file.name} is not there: save it folded."
+        )
+    read, names = SafetensorsReader(file), {"mean": (d_model,)}
+    for name, shape in (names | dict.fromkeys(("matrix", "inverse_matrix"), (d_model, d_model))).items():
+        if (found := read.shape(name)) != shape:
+            raise SAEError(f"{name} in {file} has shape {found}, not {shape}: the file is damaged.")
+    return read("mean"), read("matrix"), read("inverse_matrix")
 
 
 def _version_6(config: dict[str, Any]) -> dict[str, Any]:
@@ -183,9 +224,14 @@ _LINEAR = {
 def llama_scope(folder: Path, name: str | None = None) -> SAEHandle:
     """Llama Scope: ``hyperparams.json`` and ``checkpoints/final.safetensors``, trained on scaled activations.
 
-    f = max(z, 0) 1[z > T s],  z = W_enc (s x) + b_enc,  s = sqrt(d) / (average norm of x)  (He et al. 2024, arXiv
-    2410.20526, and SAELens' ``llama_scope_sae_huggingface_loader``, which scales the threshold so). The authors' own
-    code multiplies z by the decoder columns' norms where ``sparsity_include_decoder_norm`` is set.
+    f = max(z, 0) 1[z > T s],  z = n (W_enc (s x) + b_enc),  s = sqrt(d) / (average norm of x)  (He et al. 2024, arXiv
+    2410.20526), where n are the norms of the decoder's columns if ``sparsity_include_decoder_norm`` is set, else 1.
+
+    So do the authors: OpenMOSS/Language-Model-SAEs, ``src/lm_saes/initializer.py``, for inference, first divides
+    b_enc by s, then multiplies the encoder by n (``transform_to_unit_decoder_norm``), and T was measured on what comes
+    of that; ours is s times theirs, which is SAELens' scale. Their later ``src/lm_saes/models/sae.py`` decides by the
+    same n (W_enc s x + b_enc) > T s, and divides n out of the value again. SAELens' loader leaves n out altogether,
+    which lets other latents through wherever it is not 1; the published ``hyperparams.json`` sets the option.
     """
     config = _json(folder / "hyperparams.json")
     try:
@@ -218,7 +264,8 @@ def llama_scope_r1(
 ) -> SAEHandle:
     """Llama Scope R1-Distill: ``config.json`` and ``sae_weights.safetensors``; thresholds are stored as logarithms.
 
-    f = max(z, 0) 1[z > exp(log_jumprelu_threshold)],  z = W_enc (s x) + b_enc  (SAELens' loader of that name).
+    f = max(z, 0) 1[z > exp(log_jumprelu_threshold)],  z = n (W_enc (s x) + b_enc)  (SAELens' loader of that name); n as
+    in :func:`llama_scope` (``encode`` in src/lm_saes/sae.py compares n (W_enc (s x) + b_enc) with the threshold).
 
     Args:
         folder: Where the two files are.
@@ -229,6 +276,7 @@ def llama_scope_r1(
     config = _json(folder / "config.json")
     try:
         hook_point = HookPoint.parse(str(config["hook_point_in"]))
+        with_norm = bool(config.get("sparsity_include_decoder_norm", False))
         if scale is None:
             norm = float(config["dataset_average_activation_norm"]["in"])
             scale = math.sqrt(int(config["d_model"])) / norm
@@ -246,6 +294,7 @@ def llama_scope_r1(
         name,
         transform=InputTransform(scale=scale),
         parameters=lambda ids: {"threshold": read("log_jumprelu_threshold", ids).exp()},
+        with_decoder_norm=with_norm,
         vectors=("log_jumprelu_threshold",),
     )
 
@@ -273,12 +322,36 @@ def qwen_scope(file: Path, k: int | None = None, model_name: str | None = None, 
     return _handle(file, read, "topk", _layer_in(file, r"layer(\d+)\.sae\.pt"), model_name, name, k=k)
 
 
-def dictionary_learning(folder: Path, model_name: str | None = None, name: str | None = None) -> SAEHandle:
-    """dictionary_learning (Marks et al.): ``config.json`` and ``ae.pt``; formulas: its ``dictionary.py``.
+def topk_checkpoint(file: Path, model_name: str | None = None, name: str | None = None) -> SAEHandle:
+    """One ``.pt`` with W_enc [d, n], b_enc, W_dec [n, d], b_dec and the number k.
 
-    standard: max(z, 0); TopK: topk(max(z, 0)); BatchTopK and Matryoshka at inference: max(z, 0) 1[z > threshold], one
-    threshold for all; gated: 1[z + gate_bias > 0] max(z exp(r_mag) + mag_bias, 0); in all of these
-    z = W_enc (x - b_dec) + b_enc. JumpReLU: max(z, 0) 1[z > threshold], z = W_enc x + b_enc.
+    topk(z), then ReLU; z = (x - b_dec) W_enc + b_enc.
+
+    So ``caiovicentino1/Qwen3.5-4B-SAE-L18-topk`` is stored (``sae_final.pt``), by scripts/train_sae_qwen35.py of
+    OpenInterpretability/mechreward, an earlier project of this name. The layer is the ``layer`` of a ``.json`` beside
+    it, if there is one, else the ``L18`` of its path.
+    """
+    read, beside = TorchReader(file), file.with_suffix(".json")
+    config = _json(beside) if beside.exists() else {}
+    layer, model_name = config.get("layer"), model_name or config.get("model")
+    hook_point = HookPoint(layer) if type(layer) is int else _layer_in(file, r"[-_/]L(\d+)(?:\D|$)")
+    k, transform = read.number("k"), InputTransform(shift=read("b_dec"))
+    return _handle(file, read, "topk", hook_point, model_name, name, transform=transform, k=k)
+
+
+def dictionary_learning(folder: Path, model_name: str | None = None, name: str | None = None) -> SAEHandle:
+    """dictionary_learning (Marks et al.): ``config.json`` and ``ae.pt``.
+
+    standard: n max(z, 0), n the norms of the decoder's columns; TopK: topk(max(z, 0)); BatchTopK and Matryoshka at
+    inference: max(z, 0) 1[z > threshold], one threshold for all; gated: 1[z + gate_bias > 0]
+    max(z exp(r_mag) + mag_bias, 0); in all of these z = W_enc (x - b_dec) + b_enc. JumpReLU: max(z, 0)
+    1[z > threshold], z = W_enc x + b_enc.
+
+    Source: saprmarks/dictionary_learning, ``dictionary.py`` (``AutoEncoder``, ``GatedAutoEncoder``,
+    ``JumpReluAutoEncoder``) and ``trainers/{top_k,batch_top_k,matryoshka_batch_top_k}.py``. Of its classes
+    ``AutoEncoder`` alone moves the decoder's norms into the encoder when it loads a file (``from_pretrained``,
+    ``normalize_decoder=True``); SAELens does not, so that its activations are 1/n of these. Thresholds are compared
+    strictly, as everywhere here.
     """
     try:
         trainer = _json(folder / "config.json")["trainer"]
@@ -315,6 +388,7 @@ def dictionary_learning(folder: Path, model_name: str | None = None, name: str |
         parameters={"jumprelu": threshold, "gated": gates}.get(kind, _nothing),
         k=k,
         has_bias=kind != "gated",
+        with_decoder_norm=class_name == "AutoEncoder",
         vectors={"jumprelu": ("threshold",), "gated": ("b_gate", "r_mag", "b_mag")}.get(kind, ()),
         one_threshold=True,
     )
@@ -435,12 +509,7 @@ def _handle(
     d_sae, d_model = (*read.shape("W_dec"), 0, 0)[:2] if shape is None else shape[::-1]
     if not 0 < transform.scale < math.inf or hook_point.layer < 0:
         raise SAEError(f"{where} says scale {transform.scale} and layer {hook_point.layer}: it is damaged.")
-    _check_shape(where, read, d_model, d_sae)
-    for part in ("W_dec", *(["b_enc"] if has_bias else []), *vectors):
-        expected = (d_sae, d_model) if part == "W_dec" else (d_sae,)
-        found = tuple(read.shape(part))
-        if found != expected and not (part == "threshold" and found == () and one_threshold):
-            raise SAEError(f"{part} in {where} has shape {found}, not {expected}: the file is damaged.")
+    _check_shapes(where, read, d_model, d_sae, (*(["b_enc"] if has_bias else []), *vectors), one_threshold)
     if kind in ("topk", "groupmax") and not (1 <= k <= d_sae and (kind != "groupmax" or d_sae % k == 0)):
         raise SAEError(f"{where} says k={k} of {d_sae} latents: it is damaged.")
 
@@ -493,7 +562,11 @@ def _json(file: Path) -> dict[str, Any]:
     return content
 
 
-def _check_shape(where: Path, read: Reader, d_model: int, d_sae: int) -> None:
-    for name, shape in {"W_enc": (d_model, d_sae), "b_dec": (d_model,)}.items():
-        if (found := tuple(read.shape(name))) != shape:
+def _check_shapes(
+    where: Path, read: Reader, d_model: int, d_sae: int, vectors: tuple[str, ...], one_threshold: bool = False
+) -> None:
+    expected = {"W_enc": (d_model, d_sae), "W_dec": (d_sae, d_model), "b_dec": (d_model,)}
+    for name, shape in (expected | dict.fromkeys(vectors, (d_sae,))).items():
+        found = tuple(read.shape(name))
+        if found != shape and not (name == "threshold" and found == () and one_threshold):
             raise SAEError(f"{name} in {where} has shape {found}, not {shape}: the file is damaged.")

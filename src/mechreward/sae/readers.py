@@ -166,6 +166,15 @@ class TorchReader:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._tensor(name).shape)
 
+    def number(self, name: str) -> int:
+        """A whole number, stored as such or as a tensor."""
+        found = self._load().get(name)
+        found = found.item() if isinstance(found, Tensor) and found.numel() == 1 else found
+        if type(found) is not int:
+            said = "nothing" if found is None else " ".join(str(found).split())[:40]
+            raise SAEError(f"{self.file} should hold the whole number {name}, not {said}: it is damaged.")
+        return found
+
     def __call__(self, name: str, ids: list[int] | None = None, axis: int = 0) -> Tensor:
         stored = self._tensor(name)
         if ids is None:

@@ -7,6 +7,7 @@ import importlib.util
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,12 @@ SHIPPED = {
     }
 }
 
+LOCAL = "local"
+
+
+CORRECTED_MODELS = {"gemma-scope-9b-it-res": "gemma-2-9b-it"}
+"""Where SAELens' registry names another model than the release's repository does."""
+
 
 def load_sae(
     release: str | None = None,
@@ -36,7 +43,7 @@ def load_sae(
     Args:
         release: A release name, as SAELens lists them, e.g. ``"gemma-scope-9b-pt-res-canonical"``; or a repository
             of the hub in a format that :func:`mechreward.sae.formats.open_path` knows, e.g.
-            ``"EleutherAI/sae-llama-3-8b-32x"``.
+            ``"EleutherAI/sae-llama-3-8b-32x"``; or ``"local"``, where a pack names a path as its id.
         sae_id: The id inside the release, e.g. ``"layer_22/width_16k/canonical"``; or the repository's folder or file.
         path: A local folder or file instead.
         revision: Branch, tag or commit of the release's repository.
@@ -45,6 +52,8 @@ def load_sae(
         SAEError: The release, id or file does not exist, cannot be fetched, or is damaged.
         MissingExtraError: The release is SAELens', and SAELens is not installed.
     """
+    if release == LOCAL and sae_id is not None:
+        path = sae_id
     if path is not None:
         return formats.open_path(Path(path))
     if release is None or sae_id is None:
@@ -52,12 +61,36 @@ def load_sae(
     if release in SHIPPED:
         folder = pocket.files() / "saes" / _known(release, sae_id, SHIPPED[release])
         return formats.saelens(folder, name=f"{release}/{sae_id}")
-    if release.count("/") == 1 and release not in saelens_directory():
+    if release.count("/") == 1:  # none of SAELens' names has one
         return _from_repository(release, sae_id, revision)
     entry = _known_release(release)
     found = {str(sae["id"]): sae for sae in entry["saes"]}
     stored_at = str(_known(release, sae_id, {known: sae["path"] for known, sae in found.items()}))
     return _fetch(release, sae_id, entry, found[sae_id], stored_at, revision)
+
+
+def reference(name: str) -> tuple[str, str]:
+    """Release and id of a sparse autoencoder from its name in one piece, as :func:`load_sae` takes the two.
+
+    ``release/sae_id`` of the shipped or SAELens' releases, ``user/repository/folder`` of the hub, or a path, whose
+    release is :data:`LOCAL`.
+
+    Raises:
+        SAEError: It is none of these.
+    """
+    if Path(name).exists():
+        return LOCAL, name
+    release, _, sae_id = name.partition("/")
+    if release not in SHIPPED and (importlib.util.find_spec("sae_lens") is None or release not in saelens_directory()):
+        user, _, rest = name.partition("/")
+        repository, _, sae_id = rest.partition("/")
+        release = f"{user}/{repository}"
+    if not sae_id:
+        raise SAEError(
+            f"'{name}' does not name a sparse autoencoder: write release/sae_id, user/repository/folder of the hub, or "
+            f"the path of one that is there.{nearest(name.partition('/')[0], SHIPPED)}"
+        )
+    return release, sae_id
 
 
 def _known(release: str, sae_id: str, ids: dict[str, Any]) -> Any:
@@ -89,7 +122,7 @@ def _fetch(
     release: str, sae_id: str, entry: dict[str, Any], sae: dict[str, Any], stored_at: str, revision: str | None
 ) -> SAEHandle:
     convert, repo = entry.get("conversion_func"), entry["repo_id"]
-    name = f"{release}/{sae_id}"
+    name, model = f"{release}/{sae_id}", CORRECTED_MODELS.get(release, entry["model"])
     if convert == "gemma_2":
         if not repo.endswith("-res"):
             raise SAEError(f"{name} does not read the residual stream: choose a '-res' release.")
@@ -97,17 +130,17 @@ def _fetch(
         if layer is None:
             raise SAEError(f"{name} reads the embedding, not the residual stream after a layer: choose a layer's.")
         file = download(repo, f"{stored_at}/params.npz", revision)
-        return formats.gemma_scope(file, HookPoint(int(layer[1])), entry["model"], name)
+        return formats.gemma_scope(file, HookPoint(int(layer[1])), model, name)
     if convert is None:
         folder = download(repo, f"{stored_at}/cfg.json", revision).parent
         download(repo, f"{stored_at}/sae_weights.safetensors", revision)
         scale, overrides = sae.get("norm_scaling_factor"), entry.get("config_overrides")
-        return formats.saelens(folder, entry["model"], scale, name, overrides)
+        return formats.saelens(folder, model, scale, name, overrides)
     if convert == "gemma_3":
         if not stored_at.startswith("resid_post"):
             raise SAEError(f"{name} does not read the residual stream: choose a '-res' release.")
         folder = download(repo, f"{stored_at}/params.safetensors", revision).parent
-        return formats.gemma_scope_2(folder, entry["model"], name)
+        return formats.gemma_scope_2(folder, model, name)
     if convert == "llama_scope":
         if "LXR" not in repo:
             raise SAEError(f"{name} does not read the residual stream: choose a 'lxr' release.")
@@ -117,16 +150,16 @@ def _fetch(
     if convert == "llama_scope_r1_distill":
         folder = download(repo, f"{stored_at}/config.json", revision).parent
         download(repo, f"{stored_at}/sae_weights.safetensors", revision)
-        return formats.llama_scope_r1(folder, sae.get("norm_scaling_factor"), entry["model"], name)
+        return formats.llama_scope_r1(folder, sae.get("norm_scaling_factor"), model, name)
     if convert in ("goodfire", "deepseek_r1"):
-        return formats.goodfire(download(repo, stored_at, revision), entry["model"], name)
+        return formats.goodfire(download(repo, stored_at, revision), model, name)
     if convert == "qwen_scope":
         k = re.search(r"L0_(\d+)$", repo)
-        return formats.qwen_scope(download(repo, stored_at, revision), int(k[1]) if k else None, entry["model"], name)
+        return formats.qwen_scope(download(repo, stored_at, revision), int(k[1]) if k else None, model, name)
     if convert == "dictionary_learning_1":
         folder = download(repo, f"{stored_at}/config.json", revision).parent
         download(repo, f"{stored_at}/ae.pt", revision)
-        return formats.dictionary_learning(folder, entry["model"], name)
+        return formats.dictionary_learning(folder, model, name)
     raise SAEError(f"{name} is stored in the format '{convert}', which this version does not read.")
 
 
@@ -136,7 +169,7 @@ def _from_repository(repo: str, sae_id: str, revision: str | None) -> SAEHandle:
 
     with _the_ways_out(f"{repo}/{sae_id}"):
         root = Path(snapshot_download(repo, revision=revision, allow_patterns=[sae_id, f"{sae_id}/*"]))
-    return formats.open_path(root / sae_id)
+    return replace(formats.open_path(root / sae_id), name=f"{repo}/{sae_id}")
 
 
 def download(repo: str, file: str, revision: str | None = None) -> Path:
