@@ -35,18 +35,20 @@ from torch import Tensor
 from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast
 
 from mechreward import pocket
-from mechreward.features.discover import select
-from mechreward.features.gate import auc, bootstrap, gate, selection_null
-from mechreward.features.pack import Calibration, FeaturePack, PackFeature, SAERef, read_pack
+from mechreward.features.discover import Chance, discover
+from mechreward.features.gate import auc, bootstrap
+from mechreward.features.judge import judge
+from mechreward.features.pack import read_pack
 from mechreward.pocket.questions import Kind, Question, Split, corpus_completion, questions, way_of_answering
 from mechreward.probes.linear_probe import linear_probe, save_probe
-from mechreward.readout import HookPoint, Readout, ReadoutBank
-from mechreward.reward.aggregation import aggregation
+from mechreward.readout import HookPoint, ReadoutBank, residual
 from mechreward.rollout.batch import RolloutBatch
-from mechreward.rollout.capture import decoder_layers
-from mechreward.rollout.hf import read_forward, sample
+from mechreward.rollout.hf import pooled, read_forward, sample
+from mechreward.rollout.labelled import Labelled
 from mechreward.sae import formats
 from mechreward.sae.handle import SAEHandle
+from mechreward.sae.registry import load_sae
+from mechreward.sae.training import sae_figures
 
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "build" / "pocket"
@@ -223,19 +225,6 @@ def rollouts(split: Split, kind: Kind, prompts: int, each: int, seed: int) -> tu
     return batch, [q for q in asked for _ in range(each)]
 
 
-def rows(batch: RolloutBatch, size: int = 250) -> Iterator[RolloutBatch]:
-    """The batch in pieces."""
-    for start in range(0, len(batch), size):
-        piece = slice(start, start + size)
-        yield replace(
-            batch,
-            prompts=batch.prompts[piece],
-            completions=batch.completions[piece],
-            prompt_ids=batch.prompt_ids[piece],
-            completion_ids=batch.completion_ids[piece],
-        )
-
-
 def whole_text(batch: RolloutBatch) -> RolloutBatch:
     """The same tokens with everything after BOS counted as completion, so that prompts are read too."""
     tokens = [[*p, *c] for p, c in zip(batch.prompt_ids, batch.completion_ids, strict=True)]
@@ -246,11 +235,10 @@ def whole_text(batch: RolloutBatch) -> RolloutBatch:
 
 def residual_stream(model: Any, batch: RolloutBatch) -> Tensor:
     """Every token's residual vector at the SAE's hook point but BOS's, ``[tokens, d_model]``."""
-    width = model.config.hidden_size
-    everything = Readout("residual", tuple(map(str, range(width))), HOOK, torch.eye(width), torch.zeros(width))
-    vectors = []
-    for piece in rows(whole_text(batch)):
-        readings = read_forward(model, piece, ReadoutBank([everything]), read_last=True)[everything]
+    everything, stream, vectors = whole_text(batch), residual(HOOK, model.config.hidden_size), []
+    for start in range(0, len(everything), 250):
+        piece = everything.take(range(start, min(start + 250, len(everything))))
+        readings = read_forward(model, piece, ReadoutBank([stream]), read_last=True)[stream]
         vectors.append(readings.values[readings.mask])
     return torch.cat(vectors)
 
@@ -302,61 +290,14 @@ def build_topk() -> None:
     train_sae(TopKTrainingSAE(TopKTrainingSAEConfig(**SAE_COMMON, k=32)), "topk", lr=3e-3, dead_window=20)
 
 
-@torch.no_grad()
-def sae_figures(sae: SAEHandle) -> dict[str, float]:
+def measured(sae: SAEHandle) -> dict[str, float]:
     """FVU, L0 and cross-entropy recovered on the test split; latents that never fire in all that was trained on."""
-    model, tokenizer = load_lm()
+    model, _ = load_lm()
     batches = [rollouts("test", "reasoning", 900, 1, 7)[0], rollouts("test", "retrieval", 300, 1, 7)[0]]
-    encoder, layer = sae.all_features(), decoder_layers(model)[HOOK.layer]
-    bank = ReadoutBank([encoder])
-    missed = total = active = tokens = 0.0
-    fired = torch.zeros(sae.d_sae, dtype=torch.bool)
-    mean = torch.cat([residual_stream(model, batch) for batch in batches]).mean(dim=0)
-    losses = dict.fromkeys(("clean", "reconstructed", "zero"), 0.0)
-
-    def encode(x: Tensor) -> Tensor:
-        out = torch.zeros(len(x), sae.d_sae)
-        bank.encode(HOOK, x, out)
-        return out
-
-    def replaced(how: str):
-        def hook(_module, _args, output):
-            hidden = output[0] if isinstance(output, tuple) else output
-            flat = hidden[:, 1:].reshape(-1, hidden.shape[-1])  # BOS stays: the SAE has never seen it
-            new = torch.zeros_like(flat) if how == "zero" else sae.decode(encode(flat), flat)
-            hidden = torch.cat([hidden[:, :1], new.reshape(hidden.shape[0], -1, hidden.shape[-1])], dim=1)
-            return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
-
-        return layer.register_forward_hook(hook)
-
-    for batch in batches:
-        x = residual_stream(model, batch)
-        for part in x.split(4096):
-            activations = encode(part)
-            missed += float((part - sae.decode(activations, part)).square().sum())
-            total += float((part - mean).square().sum())
-            active += float((activations > 0).sum())
-            tokens += len(part)
-        for piece in rows(batch):
-            texts = [[*p, *c] for p, c in zip(piece.prompt_ids, piece.completion_ids, strict=True)]
-            inputs = tokenizer.pad({"input_ids": texts}, return_tensors="pt", padding_side="right")
-            labels = inputs.input_ids.masked_fill(inputs.attention_mask == 0, -100)
-            for how in losses:
-                handle = None if how == "clean" else replaced(how)
-                loss = model(**inputs, labels=labels).loss
-                losses[how] += float(loss) * int((labels[:, 1:] >= 0).sum())
-                if handle is not None:
-                    handle.remove()
-    for part in load_file(WORK / "activations.safetensors")["residual"].split(4096):
-        fired |= (encode(part) > 0).any(dim=0)
-    recovered = (losses["zero"] - losses["reconstructed"]) / (losses["zero"] - losses["clean"])
-    return {
-        "fvu": missed / total,
-        "l0": active / tokens,
-        "dead": 1 - float(fired.float().mean()),
-        "cross_entropy_recovered": recovered,
-        "tokens": tokens,
-    }
+    held_out = [[*p, *c] for batch in batches for p, c in zip(batch.prompt_ids, batch.completion_ids, strict=True)]
+    seen = load_file(WORK / "activations.safetensors")["residual"].split(4096)
+    figures = sae_figures(model, sae, held_out, seen)
+    return {name: figures[name] for name in ("fvu", "l0", "dead", "cross_entropy_recovered", "tokens")}
 
 
 def final_answer(text: str) -> str:
@@ -365,17 +306,6 @@ def final_answer(text: str) -> str:
 
 def is_right(batch: RolloutBatch, asked: list[Question]) -> np.ndarray:
     return np.array([final_answer(t) == q.answer for t, q in zip(batch.texts, asked, strict=True)])
-
-
-def pooled(model: Any, batch: RolloutBatch, readout: Readout) -> np.ndarray:
-    """A readout aggregated over each rollout, ``[B, K]``."""
-    aggregate = aggregation(AGGREGATION)
-    found = []
-    for piece in rows(batch):
-        readings = read_forward(model, piece, ReadoutBank([readout]))[readout]
-        columns = [aggregate(readings.values[..., k], readings.mask) for k in range(readout.width)]
-        found.append(torch.stack(columns, dim=1).nan_to_num())
-    return torch.cat(found).numpy()
 
 
 @dataclass
@@ -420,111 +350,64 @@ PROBES = {
 }
 
 
-@dataclass
-class Labelled:
-    """Rollouts of one split, with what is to be predicted."""
-
-    batch: RolloutBatch
-    asked: list[Question]
-    labels: np.ndarray
-    groups: np.ndarray
-
-
 @functools.cache
 def labelled(split: Split, name: str) -> Labelled:
+    """Rollouts of one split, with what is to be predicted."""
     behaviour = next(b for b in BEHAVIOURS if b.name == name)
     batch, asked = rollouts(split, behaviour.kind, 400 if behaviour.kind == "reasoning" else 800, 4, 11)
-    keep = [i for i, (q, t) in enumerate(zip(asked, batch.texts, strict=True)) if behaviour.counts(q, t)]
-    batch = replace(
-        batch,
-        prompts=[batch.prompts[i] for i in keep],
-        completions=[batch.completions[i] for i in keep],
-        prompt_ids=[batch.prompt_ids[i] for i in keep],
-        completion_ids=[batch.completion_ids[i] for i in keep],
-    )
-    asked = [asked[i] for i in keep]
-    labels = np.array([behaviour.label(q, t) for q, t in zip(asked, batch.texts, strict=True)])
+    readable = batch.mask().any(dim=1).tolist()
+    keep = [
+        i for i, (q, t) in enumerate(zip(asked, batch.texts, strict=True)) if readable[i] and behaviour.counts(q, t)
+    ]
+    batch, asked = batch.take(keep), [asked[i] for i in keep]
     _, groups = np.unique(np.array(batch.prompts), return_inverse=True)
-    return Labelled(batch, asked, labels, groups)
+    return Labelled(
+        batch=batch,
+        labels=np.array([behaviour.label(q, t) for q, t in zip(asked, batch.texts, strict=True)]),
+        groups=groups,
+        source=f"{len(keep)} rollouts of pocket on its {split} split, seed 11",
+        temperature=1.0,
+        ways=ways(batch, asked),
+    )
 
 
-def ways(data: Labelled) -> list[str]:
-    if data.asked[0].kind == "reasoning":
-        return [way_of_answering(t, q) for t, q in zip(data.batch.texts, data.asked, strict=True)]
-    return ["confident" if answered(q, t) else "hedged" for t, q in zip(data.batch.texts, data.asked, strict=True)]
+def ways(batch: RolloutBatch, asked: list[Question]) -> list[str]:
+    if asked[0].kind == "reasoning":
+        return [way_of_answering(t, q) for t, q in zip(batch.texts, asked, strict=True)]
+    return ["confident" if answered(q, t) else "hedged" for t, q in zip(batch.texts, asked, strict=True)]
 
 
 def build_packs() -> None:
     """Choose features on one split, measure their evidence on another."""
-    model, _ = load_lm()
-    sae = formats.saelens(WORK / "saes" / "jumprelu", name="/".join(CANONICAL))
+    model, tokenizer = load_lm()
+    shutil.copytree(WORK / "saes", SHIPPED / "saes", dirs_exist_ok=True)  # packs name the shipped dictionary
     for behaviour in BEHAVIOURS:
-        found, held_out = labelled("discovery", behaviour.name), labelled("gate", behaviour.name)
-        latents, held_out_latents = (pooled(model, data.batch, sae.all_features()) for data in (found, held_out))
-        ids, weights = select(latents, found.labels)
-        scores = held_out_latents[:, ids] @ weights
-        null, noise = (
-            selection_null(
-                latents,
-                found.labels,
-                held_out_latents,
-                held_out.labels,
-                select,
-                discovery_groups=found.groups,
-                permute_gate=both,
-                draws=200,
-            )
-            for both in (False, True)
-        )
-        how = ways(held_out)
-        careful = np.array([way == "careful" for way in how]) if behaviour.kind == "reasoning" else None
-        evidence = gate(
-            scores,
-            held_out.labels,
-            held_out.groups,
-            held_out.batch.texts,
-            np.array(held_out.batch.lengths),
-            how,
-            careful,
-            null,
-            aggregation=AGGREGATION,
-            temperature=1.0,
-            data=f"{len(scores)} rollouts of pocket on its gate split, seed 11, which discovery never saw",
-            noise_null=noise,
-        )
-        FeaturePack(
-            schema_version=1,
+        found = discover(
+            model,
+            tokenizer,
+            labelled("discovery", behaviour.name),
+            [load_sae(*CANONICAL)],
             name=f"pocket/{behaviour.name}_pack",
-            description=behaviour.description,
-            model=pocket.MODEL_ID,
-            sae=SAERef(release=CANONICAL[0], sae_id=CANONICAL[1]),
-            hook_point=str(HOOK),
-            d_model=sae.d_model,
-            d_sae=sae.d_sae,
+            behaviour=behaviour.description,
             aggregation=AGGREGATION,
-            features=[PackFeature(id=int(i), weight=float(w)) for i, w in zip(ids, weights, strict=True)],
-            status="validated" if evidence.passed() else "candidate",
-            status_reason=evidence.reason(),
-            calibration=Calibration.of(scores, AGGREGATION),
-            evidence=evidence,
-            provenance={
-                "made_by": "scripts/build_pocket.py",
-                "method": "Cohen's d on discovery rollouts, ten features either way",
-                "discovery_rollouts": len(found.labels),
-            },
-            licence="Apache-2.0",
-        ).write(WORK / "catalog" / f"{behaviour.name}_pack.json")
-        print(behaviour.name, evidence.auc, evidence.reason(), flush=True)
+        )
+        chance = Chance(found.saes, found.chance, found.asked)
+        pack = judge(found.pack, model, tokenizer, labelled("gate", behaviour.name), chance)
+        made = {"made_by": "scripts/build_pocket.py"}
+        pack = pack.model_copy(update={"licence": "Apache-2.0", "provenance": pack.provenance | made})
+        pack.write(WORK / "catalog" / f"{behaviour.name}_pack.json")
+        print(behaviour.name, pack.status_reason, flush=True)
 
 
 def build_probes() -> None:
     """Logistic probes on residual vectors averaged over a rollout: linear, so the mean of logits is the logit."""
     model, _ = load_lm()
-    width = model.config.hidden_size
-    residual = Readout("residual", tuple(map(str, range(width))), HOOK, torch.eye(width), torch.zeros(width))
+    stream = residual(HOOK, model.config.hidden_size)
     for name, behaviour in PROBES.items():
         found, held_out = labelled("discovery", behaviour.name), labelled("gate", behaviour.name)
-        x, x_held_out = (pooled(model, data.batch, residual) for data in (found, held_out))
+        x, x_held_out = (
+            torch.cat(list(pooled(model, data.batch, [stream], AGGREGATION))).numpy() for data in (found, held_out)
+        )
         mean, scale = x.mean(axis=0), x.std(axis=0)
         fitted = LogisticRegression(C=0.1, max_iter=1000).fit((x - mean) / scale, found.labels)
         weight = fitted.coef_[0] / scale
@@ -572,7 +455,7 @@ def build_card() -> None:
     """Measure everything, write the model card, and copy what is shipped."""
     figures: dict[str, Any] = language_figures()
     for kind in ("jumprelu", "topk"):
-        figures[f"sae_{kind}"] = sae_figures(formats.saelens(WORK / "saes" / kind))
+        figures[f"sae_{kind}"] = measured(formats.saelens(WORK / "saes" / kind))
     rounded = json.loads(json.dumps(figures, default=float), parse_float=lambda text: round(float(text), 4))
     for folder in (SHIPPED, CATALOG):
         shutil.rmtree(folder, ignore_errors=True)

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mechreward as mr
-from mechreward.errors import CandidateWarning, ConfigError
+from mechreward.errors import CandidateWarning, ConfigError, DataError
 from mechreward.experiments import arms
 from mechreward.experiments.arms import Contrast, ShuffledReward
 from mechreward.experiments.config import Features
@@ -21,6 +21,7 @@ from mechreward.features.pack import FeaturePack
 from mechreward.readout import HookPoint, Readings, direction
 from mechreward.reward.feature_reward import FeatureReward
 from mechreward.reward.outcome import OutcomeReward
+from mechreward.rollout import hf, labelled
 from mechreward.rollout.batch import RolloutBatch
 from test_experiment_config import one_sentence, tiny
 
@@ -335,15 +336,15 @@ def stream(model, prompt_ids, completion_ids) -> torch.Tensor:
 def discovery(tmp_path_factory):
     """A contrast on pocket, in pieces of 5 and batches of 7, and the rollouts that it was made from."""
     folder, batches = tmp_path_factory.mktemp("discovery"), []
-    sample = arms.sample
+    sample = labelled.sample
 
     def remember(*args, **options):
         batches.append(sample(*args, **options))
         return batches[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(arms, "sample", remember)
-        patch.setattr(arms, "_ROWS", 5)
+        patch.setattr(labelled, "sample", remember)
+        patch.setattr(hf, "MAX_NUMBERS", 5 * 120 * (2048 + 128))  # about five rollouts
         config = tiny(
             folder,
             data={"discovery": [{"path": "mechreward/pocket", "split": "discovery", "rows": 6}]},
@@ -397,10 +398,10 @@ class TestContrast:
 
     def test_all_right_or_all_wrong_cannot_be_contrasted(self, discovery, monkeypatch):
         config, _, batch = discovery
-        monkeypatch.setattr(arms, "sample", lambda *args, **options: batch)
+        monkeypatch.setattr(labelled, "sample", lambda *args, **options: batch)
         for verdict in (True, False):
             monkeypatch.setattr(arms.verifiers, "math_boxed", lambda texts, golds, v=verdict: [v] * len(texts))
-            with pytest.raises(ConfigError, match=f"{12 * verdict} of 12") as caught:
+            with pytest.raises(DataError, match=f"{12 * verdict} of 12") as caught:
                 arms.contrast(config, REASONING, mr.load_sae(REASONING.sae.release, REASONING.sae.sae_id))
             one_sentence(caught.value)
 

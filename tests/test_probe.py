@@ -30,7 +30,7 @@ def made(d=6, seed=0, **options):
 
 @pytest.fixture
 def saved(tmp_path):
-    save_probe(made(), tmp_path / "my_probe", {"auc": 0.9})
+    save_probe(made(), tmp_path / "my_probe", {"description": "It is right."})
     return tmp_path / "my_probe"
 
 
@@ -60,7 +60,11 @@ def test_a_probe_comes_back_as_it_was_saved(saved):
     assert torch.equal(read(again, x), read(probe, x))
     assert torch.equal(read(load_probe(str(saved), logits=True), x), read(made(logits=True), x))
     card = json.loads(saved.with_suffix(".json").read_text())
-    assert card["auc"] == 0.9 and card["hook_point"] == "blocks.2.hook_resid_post" and card["schema_version"] == 1
+    assert (
+        card["description"] == "It is right."
+        and card["hook_point"] == "blocks.2.hook_resid_post"
+        and card["schema_version"] == 1
+    )
 
 
 def test_either_file_names_the_probe(saved):

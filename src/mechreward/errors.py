@@ -28,6 +28,14 @@ class RewardError(MechRewardError):
     """A reward was given something that it cannot score, or was combined in a way that makes no sense."""
 
 
+class DataError(MechRewardError):
+    """Rollouts, questions or texts cannot be found, read, or used as asked."""
+
+
+class ServiceError(MechRewardError):
+    """A service on the network cannot be reached, refuses, or gives an answer that cannot be read."""
+
+
 class ConfigError(MechRewardError):
     """An option has an unknown name or an impossible value."""
 

@@ -153,6 +153,8 @@ class Readout:
         bias: ``[P]`` float32.
         keep: The K columns that are returned, or None for all.
         model_name: The model that it was made for, as far as known (checked before training).
+        aggregation: From values per token to one per rollout, as it was trained (probes); what FeatureReward uses
+            unless told otherwise. ``"attention"``: the columns are a score and a value.
     """
 
     name: str
@@ -164,6 +166,7 @@ class Readout:
     transform: InputTransform = RAW_INPUT
     keep: Tensor | None = None
     model_name: str | None = None
+    aggregation: str = "mean"
 
     def __post_init__(self):
         products = self.weight.shape[1]
@@ -196,6 +199,12 @@ class Readout:
 def direction(name: str, vector: Tensor, hook_point: HookPoint, bias: float = 0.0) -> Readout:
     """A raw direction ``[d_model]`` as a readout: x . vector + bias."""
     return Readout(name, (name,), hook_point, vector.float()[:, None], torch.tensor([bias]))
+
+
+def residual(hook_point: HookPoint, d_model: int) -> Readout:
+    """The residual vector itself, as a readout of d_model columns."""
+    width = tuple(map(str, range(d_model)))
+    return Readout("residual", width, hook_point, torch.eye(d_model), torch.zeros(d_model))
 
 
 @dataclass(frozen=True)

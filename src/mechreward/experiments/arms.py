@@ -13,12 +13,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
-from mechreward import pocket, verifiers
+from mechreward import verifiers
 from mechreward.errors import ConfigError
 from mechreward.experiments.config import Arm, ExperimentConfig, Features
 from mechreward.experiments.data import load
@@ -26,21 +25,20 @@ from mechreward.features.catalog import load_pack
 from mechreward.features.discover import select
 from mechreward.features.frozen import check_sae, frozen_readout
 from mechreward.features.pack import FeaturePack, PackFeature
-from mechreward.readout import Readings, Readout, ReadoutBank, Request, direction
-from mechreward.reward.aggregation import Aggregate, aggregation
+from mechreward.readout import Readings, Readout, Request, direction, residual
+from mechreward.reward.aggregation import aggregation
 from mechreward.reward.base import Reward, Scores
 from mechreward.reward.composition import CompositeReward
 from mechreward.reward.feature_reward import FeatureReward
 from mechreward.reward.outcome import OutcomeReward
 from mechreward.rollout.batch import RolloutBatch
-from mechreward.rollout.hf import read_forward, sample
+from mechreward.rollout.hf import load_model, over_tokens, read_in_pieces
+from mechreward.rollout.labelled import sample_rollouts
 from mechreward.sae.handle import SAEHandle
 from mechreward.sae.registry import load_sae
 
 NEIGHBOURS = 20
 """A random control is drawn from this many latents whose firing rates are nearest to the feature's."""
-
-_ROWS = 16  # rollouts of which every latent is held at once
 
 
 @dataclass(frozen=True)
@@ -223,73 +221,37 @@ def prepared(config: ExperimentConfig, pack: FeaturePack, sae: SAEHandle) -> Con
 
 def contrast(config: ExperimentConfig, pack: FeaturePack, sae: SAEHandle) -> Contrast:
     """Sample from the untrained model, verify, and read every latent and the residual stream in one pass."""
-    questions = load(config.data.discovery)
     model, tokenizer = untrained(config)
-    with torch.random.fork_rng():
-        torch.manual_seed(config.discovery.seed)
-        asked, each = questions["prompt"], config.discovery.rollouts
-        batch = sample(model, tokenizer, asked, each, config.evaluation.batch_size, **sampling(config))
-    golds = [gold for gold in questions["answer"] for _ in range(config.discovery.rollouts)]
-    verdicts = getattr(verifiers, config.verifier)(batch.texts, golds)
-    readable = batch.mask().any(dim=1).tolist()
-    usable = [i for i, verdict in enumerate(verdicts) if verdict is not None and readable[i]]
-    right = np.array([bool(verdicts[i]) for i in usable])
-    if right.all() or not right.any():
-        raise ConfigError(
-            f"{right.sum()} of {len(right)} discovery rollouts are right: contrasting right with wrong needs both. "
-            "Choose easier or harder questions for data.discovery."
-        )
-    width = sae.d_model
-    residual = Readout("residual", tuple(map(str, range(width))), sae.hook_point, torch.eye(width), torch.zeros(width))
-    everything = sae.all_features()
-    bank, aggregate = ReadoutBank([everything, residual]), aggregation(_aggregation(pack))
-    latents, vectors, fired, tokens = [], [], np.zeros(sae.d_sae), 0
-    for start in range(0, len(usable), _ROWS):
-        piece = chosen(batch, usable[start : start + _ROWS])
-        read = read_forward(model, piece, bank)
-        values, mask = read[everything].values, read[everything].mask
-        latents.append(_aggregated(values, mask, aggregate))
-        fired += (values[mask] > 0).sum(dim=0).cpu().numpy()
-        tokens += int(mask.sum())
-        vectors.append(_aggregated(read[residual].values, mask, aggregate))
-    return Contrast(torch.cat(latents).numpy(), torch.cat(vectors).numpy(), (fired / tokens).astype(np.float32), right)
-
-
-def _aggregated(values: Tensor, mask: Tensor, aggregate: Aggregate) -> Tensor:
-    """Each column over each rollout's tokens, ``[B, T, K] -> [B, K]`` on the CPU."""
-    rows, _, columns = values.shape
-    each = values.transpose(1, 2).reshape(rows * columns, -1)
-    return aggregate(each, mask.repeat_interleave(columns, dim=0)).view(rows, columns).cpu()
+    found = sample_rollouts(
+        model,
+        tokenizer,
+        load(config.data.discovery),
+        getattr(verifiers, config.verifier),
+        config.discovery.rollouts,
+        "data.discovery",
+        config.discovery.seed,
+        config.evaluation.batch_size,
+        **sampling(config),
+    )
+    aggregate, latents, vectors = aggregation(_aggregation(pack)), [], []
+    fired, tokens = np.zeros(sae.d_sae), 0
+    both = [sae.all_features(), residual(sae.hook_point, sae.d_model)]
+    for _, (encoded, stream) in read_in_pieces(model, found.batch, both):
+        latents.append(over_tokens(encoded, aggregate))
+        vectors.append(over_tokens(stream, aggregate))
+        fired += (encoded.values[encoded.mask] > 0).sum(dim=0).cpu().numpy()
+        tokens += int(encoded.mask.sum())
+    rate = (fired / tokens).astype(np.float32)
+    return Contrast(torch.cat(latents).numpy(), torch.cat(vectors).numpy(), rate, found.labels)
 
 
 def _aggregation(pack: FeaturePack) -> str:
     return "mean" if pack.aggregation == "per_token" else pack.aggregation
 
 
-def chosen(batch: RolloutBatch, rows: list[int]) -> RolloutBatch:
-    """Some rollouts of a batch."""
-    return replace(
-        batch,
-        prompts=[batch.prompts[i] for i in rows],
-        completions=[batch.completions[i] for i in rows],
-        prompt_ids=[batch.prompt_ids[i] for i in rows],
-        completion_ids=[batch.completion_ids[i] for i in rows],
-        num_generations=1,
-    )
-
-
 def untrained(config: ExperimentConfig) -> tuple[Any, Any]:
     """The model that training starts from, and its tokenizer."""
-    path = pocket.resolve(config.model)
-    try:
-        model: Any = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype_of(config)))
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        said = " ".join(str(error).split())
-        raise ConfigError(
-            f"The model {config.model} cannot be loaded ({type(error).__name__}: {said[:200]})."
-        ) from error
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
+    return load_model(config.model, getattr(torch, dtype_of(config)))
 
 
 def dtype_of(config: ExperimentConfig) -> str:

@@ -1,21 +1,187 @@
-"""Finding features that track a behaviour, by contrast: rollouts that show it against rollouts that do not.
+"""Finding features that track a behaviour: rollouts that show it against rollouts that do not.
 
-For each SAE latent, the mean activation over a rollout's tokens is compared between the two sets of rollouts, and the
-latents with the largest standardised difference are kept. (SparseRM, arXiv 2511.07896, ranks by the gap in *firing
-rates* instead and trains a small network on top; that is later work.)
-
-With 2,048 latents and a few hundred rollouts some large difference is always found by chance, so a selection proves
-nothing by itself: :mod:`mechreward.features.gate` tests it on other rollouts.
+All latents of one or several dictionaries are scanned in one pass, and the best make a pack. With thousands of latents
+and a few hundred rollouts some large difference is always found by chance, so a selection proves nothing by itself: it
+is made again on permuted labels, and :mod:`mechreward.features.gate` compares the two on other rollouts.
 """
 
-from collections.abc import Iterator
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
 
-from mechreward.errors import PackError
+from mechreward.errors import ConfigError, PackError, nearest
+from mechreward.features.pack import FeaturePack, PackFeature, SAERef
+from mechreward.features.reasonscore import reason_scores
+from mechreward.features.scan import Scan, permuted, scan
+from mechreward.reward.aggregation import aggregation as find_aggregation
+from mechreward.rollout.batch import plain_text
+from mechreward.rollout.capture import check_fits
+from mechreward.rollout.hf import pooled
+from mechreward.rollout.labelled import Labelled
+from mechreward.sae.handle import SAEHandle
+from mechreward.sae.registry import reference
 
 _ROWS = 64  # rows that are converted to float64 at a time: extra memory is 64 rows, however many rollouts there are
+_SCREENED = 64  # latents of a dictionary, the strongest by effect, that a sparse regression chooses from
+
+Method = Literal["effect", "firing", "lasso", "reasonscore"]
+Tell = Callable[[int, int], None]
+"""Called with the rollouts that are done, and how many there are."""
+
+
+class Selection(NamedTuple):
+    """Latents of one dictionary with weights.
+
+    Attributes:
+        sae: Number of the dictionary among those that were scanned.
+        ids: ``[K]`` int64, strongest first, those that rise with the behaviour before those that fall.
+        weights: ``[K]`` float64.
+        strength: By which dictionaries are compared: the mean criterion of the latents, or a cross-validated AUC.
+    """
+
+    sae: int
+    ids: NDArray[np.int64]
+    weights: NDArray[np.float64]
+    strength: float
+
+
+@dataclass(frozen=True)
+class Discovery:
+    """What was found, and what would have been found by chance.
+
+    Attributes:
+        pack: A candidate that no gate has seen.
+        per_sae: The selection from each dictionary; the pack is the one of greatest strength.
+        scan: Every latent of all dictionaries, one after the other; ``None`` for ReasonScore, which uses no labels.
+        scores: ReasonScore of every latent of all dictionaries, ``[F]``, for that method.
+        chance: The same selection on permuted labels; none for ReasonScore.
+        saes: The dictionaries.
+        asked: Digest of each question that was used: a gate must not use it again.
+    """
+
+    pack: FeaturePack
+    per_sae: list[Selection]
+    scan: Scan | None
+    scores: NDArray[np.float64] | None
+    chance: list[Selection]
+    saes: list[SAERef]
+    asked: list[str]
+
+
+def discover(
+    model: Any,
+    tokenizer: Any,
+    rollouts: Labelled,
+    saes: Sequence[SAEHandle],
+    name: str,
+    behaviour: str,
+    method: Method = "effect",
+    aggregation: str = "mean",
+    n_positive: int = 10,
+    n_negative: int = 10,
+    min_firing: float = 0.01,
+    permutations: int = 200,
+    seed: int = 0,
+    tell: Tell = lambda done, of: None,
+) -> Discovery:
+    """Scan all latents on labelled rollouts, and propose a pack.
+
+    Methods: ``effect``, Cohen's d of the aggregated activations; ``firing``, SparseRM's gap in firing rates (arXiv
+    2511.07896); ``lasso``, a sparse logistic regression on the 64 latents of largest effect; ``reasonscore``, which
+    looks at cue words instead of labels (arXiv 2503.18878, see :mod:`mechreward.features.reasonscore`).
+
+    The cost is one truncated forward pass and tokens x width x d_model multiplications; a second pass over a part of
+    the latents for ``lasso``, and over all of them, a pass for each dictionary, for ``reasonscore``.
+
+    Args:
+        model: The model whose residual stream the dictionaries read.
+        tokenizer: Its tokenizer, for ``reasonscore``.
+        rollouts: n of them, labelled.
+        saes: One or several dictionaries, of one layer or several. The pack is from the strongest one, and so is each
+            selection by chance: choosing the layer is part of the selection.
+        name: Of the pack.
+        behaviour: What the labels mean, in a sentence.
+        method: See above.
+        aggregation: How activations over a rollout's tokens become one number, as the pack's reward will do it.
+        n_positive: How many latents to take among those that rise with the behaviour.
+        n_negative: How many among those that fall; ``reasonscore`` knows none.
+        min_firing: Latents that fire in a smaller share of the rollouts are left out.
+        permutations: Of the labels: for the adjusted p of each latent, and for the gate.
+        seed: Of the permutations.
+        tell: Progress.
+
+    Raises:
+        PackError: Nothing could be selected.
+        ConfigError: An unknown method or aggregation, no latents to select, or dictionaries for several models.
+        ModelMismatchError: A dictionary reads another model.
+    """
+    check_settings(method, aggregation, n_positive, 0 if method == "reasonscore" else n_negative)
+    check_models(saes)
+    spans = [slice(*ends) for ends in itertools.pairwise(np.cumsum([0, *(sae.d_sae for sae in saes)]).tolist())]
+    everything = [sae.all_features() for sae in saes]
+    check_fits(everything, model)
+    blocks = _told(pooled(model, rollouts.batch, everything, aggregation), len(rollouts), tell)
+    found, scores, chance = None, None, []
+    rank = _Rank(n_positive, n_negative, min_firing)
+    if method == "reasonscore":
+        moments = scan(blocks, rollouts.labels, rollouts.groups, 0, seed)  # for the spreads and firing rates alone
+        scores = np.concatenate([reason_scores(model, tokenizer, rollouts.batch, sae) for sae in saes])
+        raising = _Rank(n_positive, 0, min_firing)
+        per_sae = [raising(i, scores[span], moments, span) for i, span in enumerate(spans)]
+    else:
+        found = scan(blocks, rollouts.labels, rollouts.groups, permutations, seed)
+        if method == "lasso":
+            labellings = _labellings(rollouts, permutations, seed)
+            chosen = _sparse_regressions(model, rollouts, saes, spans, found, labellings, aggregation, rank)
+        else:
+            criteria = found.effects if method == "effect" else found.gaps
+            chosen = ([rank(i, row[span], found, span) for i, span in enumerate(spans)] for row in criteria)
+        per_sae, *others = list(chosen)
+        chance = [max(selections, key=lambda s: s.strength) for selections in others]
+    best = max(per_sae, key=lambda selection: selection.strength)
+    if len(best.ids) == 0:
+        raise PackError(
+            f"No latent fires in at least {min_firing:.0%} of the {len(rollouts)} rollouts and differs between those "
+            "with and without the behaviour: lower min_firing, or contrast more rollouts."
+        )
+    pack = _pack(saes[best.sae], best, name, behaviour, aggregation, rollouts)
+    settings: dict[str, str | int | float] = {
+        "made_by": "mechreward discover",
+        "method": method,
+        "discovered_on": rollouts.source,
+        "discovery_rollouts": len(rollouts),
+        "discovery_with_behaviour": int(rollouts.labels.sum()),
+        "dictionaries_scanned": len(saes),
+        "n_positive": n_positive,
+        "n_negative": n_negative if method != "reasonscore" else 0,
+        "min_firing": min_firing,
+        "permutations": permutations,
+        "seed": seed,
+    }
+    if found is not None and method == "effect":
+        p = found.adjusted_p[spans[best.sae]][best.ids]
+        settings["latents_significant"] = int((p <= 0.05).sum())
+        settings["largest_effect"] = float(np.nan_to_num(np.abs(found.effect[spans[best.sae]][best.ids]).max()))
+        settings["largest_effect_by_chance"] = float(np.nan_to_num(found.largest_by_chance.max(initial=0.0)))
+    return Discovery(
+        pack=pack.model_copy(update={"provenance": settings}),
+        per_sae=per_sae,
+        scan=found,
+        scores=scores,
+        chance=chance,
+        saes=[_reference(sae) for sae in saes],
+        asked=digests(rollouts),
+    )
 
 
 def effect_sizes(activations: NDArray, labels: ArrayLike) -> NDArray[np.float64]:
@@ -83,18 +249,13 @@ def select(
     for start in range(0, len(activations), _ROWS):
         fired += np.count_nonzero(activations[start : start + _ROWS] > 0, axis=0)
     effects[fired < min_firing * len(activations)] = 0.0
-    order = np.argsort(-effects, kind="stable")  # stable: ties go to the lower id
-    raising = order[effects[order] > 0][:n_positive]
-    order = np.argsort(effects, kind="stable")
-    lowering = order[effects[order] < 0][:n_negative]
-    ids = np.concatenate([raising, lowering]).astype(np.int64)
+    ids = _strongest(effects, n_positive, n_negative)
     if len(ids) == 0:
         raise PackError(
             f"No latent fires in at least {min_firing:.0%} of the {len(activations)} rollouts and differs between "
             "those with and without the behaviour: lower min_firing, or contrast more rollouts."
         )
-    spread = activations[:, ids].astype(np.float64).std(axis=0)
-    return ids, np.sign(effects[ids]) / spread / len(ids)
+    return ids, _even_weights(effects[ids], activations[:, ids].astype(np.float64).std(axis=0))
 
 
 def _checked_labels(activations: NDArray, labels: ArrayLike) -> NDArray[np.bool_]:
@@ -119,3 +280,271 @@ def _blocks(activations: NDArray) -> Iterator[tuple[slice, NDArray[np.float64]]]
     for start in range(0, len(activations), _ROWS):
         rows = slice(start, start + _ROWS)
         yield rows, activations[rows].astype(np.float64) - origin
+
+
+# The pieces of a discovery ------------------------------------------------------------------------------------------
+
+
+class _Rank(NamedTuple):
+    """Takes the latents of the greatest criterion on either side."""
+
+    n_positive: int
+    n_negative: int
+    min_firing: float
+
+    def __call__(self, sae: int, criterion: NDArray, moments: Scan, span: slice) -> Selection:
+        score = np.where(moments.firing[span] < self.min_firing, 0.0, criterion)
+        ids = _strongest(score, self.n_positive, self.n_negative)
+        strength = float(np.abs(score[ids]).mean()) if len(ids) else 0.0
+        return Selection(sae, ids, _even_weights(score[ids], moments.spread[span][ids]), strength)
+
+
+def _strongest(score: NDArray, n_positive: int, n_negative: int) -> NDArray[np.int64]:
+    """Latents of the greatest positive and of the greatest negative scores, strongest first."""
+    order = np.argsort(-score, kind="stable")  # stable: ties go to the lower id
+    raising = order[score[order] > 0][:n_positive]
+    order = np.argsort(score, kind="stable")
+    lowering = order[score[order] < 0][:n_negative]
+    return np.concatenate([raising, lowering]).astype(np.int64)
+
+
+def _even_weights(score: NDArray, spread: NDArray) -> NDArray[np.float64]:
+    """sign(score_k) / (s_k K): every latent contributes alike."""
+    return np.sign(score) / np.maximum(spread, np.finfo(np.float64).tiny) / max(1, len(score))
+
+
+def _labellings(rollouts: Labelled, permutations: int, seed: int) -> NDArray[np.bool_]:
+    """The labels and the permutations that the scan made, ``[1 + P, n]``."""
+    shuffled = permuted(rollouts.labels, rollouts.groups, permutations, np.random.default_rng(seed))
+    return np.concatenate([rollouts.labels[None], shuffled])
+
+
+def _sparse_regressions(
+    model: Any,
+    rollouts: Labelled,
+    saes: Sequence[SAEHandle],
+    spans: list[slice],
+    found: Scan,
+    labellings: NDArray[np.bool_],
+    aggregation: str,
+    rank: _Rank,
+) -> Iterator[list[Selection]]:
+    """For each labelling, a sparse logistic regression on each dictionary's latents of largest effect under it."""
+    screened = [[_screened(row[span], found.firing[span], rank.min_firing) for span in spans] for row in found.effects]
+    wanted = [np.unique(np.concatenate([each[i] for each in screened])) for i in range(len(saes))]
+    readouts = [sae.features(ids.tolist()) for sae, ids in zip(saes, wanted, strict=True) if len(ids)]
+    read = np.zeros((len(rollouts), 0))
+    if readouts:
+        read = torch.cat(list(pooled(model, rollouts.batch, readouts, aggregation))).double().numpy()
+    columns = np.split(read, np.cumsum([len(ids) for ids in wanted])[:-1], axis=1)
+    for labels, ids in zip(labellings, screened, strict=True):
+        selections = []
+        for i, latents in enumerate(ids):
+            x = columns[i][:, np.searchsorted(wanted[i], latents)]
+            coefficients, area = sparse_logistic(x, labels, rollouts.groups)
+            kept = _strongest(coefficients, rank.n_positive, rank.n_negative)
+            spread = np.maximum(x[:, kept].std(axis=0), np.finfo(np.float64).tiny)
+            selections.append(Selection(i, latents[kept], coefficients[kept] / spread, area))
+        yield selections
+
+
+def _screened(effect: NDArray, firing: NDArray, min_firing: float) -> NDArray[np.int64]:
+    size = np.where(firing < min_firing, 0.0, np.abs(effect))
+    order = np.argsort(-size, kind="stable")[:_SCREENED]
+    return order[size[order] > 0]
+
+
+def sparse_logistic(x: NDArray, labels: NDArray, groups: NDArray) -> tuple[NDArray[np.float64], float]:
+    """An l1-penalised logistic regression, its penalty chosen by cross-validation over questions.
+
+    Args:
+        x: ``[n, M]``, any scale.
+        labels: ``[n]`` bool.
+        groups: The question of each row, ``[n]``.
+
+    Returns:
+        Coefficients of the standardised columns ``[M]``, and the cross-validated AUC; none and .5 where no column
+        helps or a fold has labels of one kind only.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import roc_auc_score
+    from sklearn.model_selection import GroupKFold
+    from sklearn.svm import l1_min_c
+
+    nothing = np.zeros(x.shape[1]), 0.5
+    spread = x.std(axis=0)
+    z = (x - x.mean(axis=0)) / np.where(spread > 0, spread, 1.0)
+    folds = min(5, len(np.unique(groups)))
+    if folds < 2 or z.shape[1] == 0 or not z.any():
+        return nothing
+    splits = list(GroupKFold(folds).split(z, labels, groups))
+    if any(labels[train].all() or not labels[train].any() for train, _ in splits):
+        return nothing
+    least = l1_min_c(z, labels, loss="log")  # below it every coefficient is zero
+    best = nothing
+    for penalty in (2.0, 5.0, 15.0):
+
+        def fit(rows: Any, c: float = penalty * least) -> LogisticRegression:
+            model = LogisticRegression(C=c, l1_ratio=1, solver="liblinear", random_state=0, intercept_scaling=10)
+            return model.fit(z[rows], labels[rows])
+
+        predicted = np.empty(len(labels))
+        for train, test in splits:
+            predicted[test] = fit(train).decision_function(z[test])
+        area = float(roc_auc_score(labels, predicted))
+        if area > best[1]:
+            best = fit(slice(None)).coef_[0], area
+    return best
+
+
+def _pack(
+    sae: SAEHandle, chosen: Selection, name: str, behaviour: str, aggregation: str, rollouts: Labelled
+) -> FeaturePack:
+    return FeaturePack(
+        name=name,
+        description=behaviour,
+        model=sae.model_name or "unknown",
+        sae=_reference(sae),
+        hook_point=str(sae.hook_point),
+        d_model=sae.d_model,
+        d_sae=sae.d_sae,
+        aggregation=aggregation,
+        features=[PackFeature(id=int(i), weight=float(w)) for i, w in zip(chosen.ids, chosen.weights, strict=True)],
+        status="candidate",
+        status_reason=f"Chosen on {len(rollouts)} rollouts; no gate has measured it on others.",
+        provenance={},
+        licence="not stated",
+    )
+
+
+def _reference(sae: SAEHandle) -> SAERef:
+    release, sae_id = reference(sae.name)
+    return SAERef(release=release, sae_id=sae_id)
+
+
+def recorded_as(found: Discovery, model: str) -> Discovery:
+    """With a model that can be loaded in the pack: SAEs may name none, and SAELens' registry leaves the owner out."""
+    named = found.pack.model
+    if named == "unknown" or (model.endswith(f"/{named}") and not Path(model).exists()):
+        return replace(found, pack=found.pack.model_copy(update={"model": model}))
+    return found
+
+
+def check_settings(method: str, aggregation: str, n_positive: int, n_negative: int) -> None:
+    """Refuse settings of a discovery before anything is sampled or read for it.
+
+    Raises:
+        ConfigError: An unknown method or aggregation, or no latents to select.
+    """
+    if method not in get_args(Method):
+        raise ConfigError(
+            f"There is no discovery method '{method}': use {', '.join(get_args(Method))}."
+            f"{nearest(method, get_args(Method))}"
+        )
+    find_aggregation(aggregation)
+    if aggregation == "per_token":
+        raise ConfigError("aggregation='per_token' gives no number for a rollout to select by: use 'mean'.")
+    if n_positive < 0 or n_negative < 0 or n_positive + n_negative == 0:
+        raise ConfigError(
+            f"n_positive={n_positive} and n_negative={n_negative} select no latents"
+            f"{' (reasonscore knows no negative ones)' if method == 'reasonscore' else ''}: ask for at least one."
+        )
+
+
+def check_models(saes: Sequence[SAEHandle]) -> None:
+    """Refuse dictionaries of several models.
+
+    Raises:
+        ConfigError: They are, or there is none.
+    """
+    if not saes:
+        raise ConfigError("Discovery needs a sparse autoencoder to look for features in: name one.")
+    models = {sae.model_name: sae.name for sae in saes if sae.model_name is not None}
+    if len(models) > 1:
+        listed = " and ".join(f"{name} reads {model}" for model, name in models.items())
+        raise ConfigError(f"The sparse autoencoders belong to different models: {listed}.")
+
+
+def _told(blocks: Iterable[torch.Tensor], of: int, tell: Tell) -> Iterator[NDArray]:
+    done = 0
+    for block in blocks:
+        done += len(block)
+        yield block.numpy()
+        tell(done, of)
+
+
+# On disk ------------------------------------------------------------------------------------------------------------
+
+
+def digests(rollouts: Labelled) -> list[str]:
+    """What tells whether a question was used before: a digest of each prompt, of the text where there is no prompt."""
+    texts = (plain_text(p) or c for p, c in zip(rollouts.batch.prompts, rollouts.batch.texts, strict=True))
+    return sorted({hashlib.sha256(text.encode()).hexdigest()[:16] for text in texts})
+
+
+def chance_file(pack_file: Path) -> Path:
+    """Where a discovery keeps, beside its pack, what the gate needs to repeat the selection."""
+    return pack_file.with_suffix(".discovery.npz")
+
+
+def write_discovery(found: Discovery, file: Path) -> None:
+    """Write the pack to ``file``, and the scan and the selections by chance beside it."""
+    width = max((len(s.ids) for s in found.chance), default=0)
+    ids, weights = np.full((len(found.chance), width), -1), np.zeros((len(found.chance), width))
+    for row, selection in enumerate(found.chance):
+        ids[row, : len(selection.ids)], weights[row, : len(selection.ids)] = selection.ids, selection.weights
+    arrays: dict[str, Any] = {
+        "saes": np.array([json.dumps([sae.release, sae.sae_id]) for sae in found.saes]),
+        "asked": np.array(found.asked, dtype="U16"),
+        "chance_sae": np.array([s.sae for s in found.chance], dtype=np.int64),
+        "chance_ids": ids,
+        "chance_weights": weights,
+    }
+    if found.scan is not None:
+        arrays |= {
+            "effect": found.scan.effect,
+            "adjusted_p": found.scan.adjusted_p,
+            "firing_gap": found.scan.firing_gap,
+            "firing": found.scan.firing,
+        }
+    if found.scores is not None:
+        arrays["reason_score"] = found.scores
+    file.parent.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(chance_file(file), **arrays)
+    found.pack.write(file)
+
+
+class Chance(NamedTuple):
+    """What a gate needs to know of a discovery.
+
+    Attributes:
+        saes: The dictionaries that were scanned.
+        selections: What was selected on permuted labels.
+        asked: Digest of each question that was used.
+    """
+
+    saes: list[SAERef]
+    selections: list[Selection]
+    asked: list[str]
+
+
+def read_chance(pack_file: Path) -> Chance | None:
+    """What a discovery left beside its pack, or None.
+
+    Raises:
+        PackError: The file is damaged.
+    """
+    file = chance_file(pack_file)
+    if not file.exists():
+        return None
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            saes = [SAERef(release=r, sae_id=i) for r, i in map(json.loads, arrays["saes"].tolist())]
+            rows = zip(arrays["chance_sae"], arrays["chance_ids"], arrays["chance_weights"], strict=True)
+            selections = [Selection(int(s), ids[ids >= 0], weights[ids >= 0], 0.0) for s, ids, weights in rows]
+            asked = arrays["asked"].tolist()
+    except Exception as error:  # zipfile, zlib, numpy and json each have their own
+        raise PackError(f"{file} is damaged ({type(error).__name__}): discover the pack again.") from error
+    if any(not 0 <= s.sae < len(saes) for s in selections):
+        raise PackError(f"{file} is damaged (a dictionary that it does not name): discover the pack again.")
+    return Chance(saes, selections, asked)

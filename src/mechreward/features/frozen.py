@@ -8,6 +8,7 @@ encoder is carried; or a threshold in its place, calibrated on residual vectors 
 from __future__ import annotations
 
 import hashlib
+import shutil
 from pathlib import Path
 
 import torch
@@ -24,8 +25,14 @@ from mechreward.sae.registry import load_sae
 PARAMETERS = ("threshold", "b_gate", "r_mag", "b_mag")
 
 
-def freeze(pack: FeaturePack, folder: Path, sae: SAEHandle | None = None, approximate_on: Tensor | None = None) -> Path:
-    """Write ``<name>.json`` and ``<name>.safetensors`` with the encoder columns that the pack needs.
+def freeze(
+    pack: FeaturePack,
+    folder: Path,
+    sae: SAEHandle | None = None,
+    approximate_on: Tensor | None = None,
+    stem: str | None = None,
+) -> Path:
+    """Write ``<stem>.json`` and ``<stem>.safetensors`` with the encoder columns that the pack needs.
 
     Args:
         pack: With features.
@@ -33,6 +40,7 @@ def freeze(pack: FeaturePack, folder: Path, sae: SAEHandle | None = None, approx
         sae: Its sparse autoencoder, loaded already.
         approximate_on: For TopK and GroupMax: residual vectors ``[N, d_model]`` on which a threshold is calibrated, so
             that K columns are enough; without, the whole encoder is written.
+        stem: Of the files; by default the last part of the pack's name.
 
     Returns:
         The JSON file.
@@ -52,7 +60,7 @@ def freeze(pack: FeaturePack, folder: Path, sae: SAEHandle | None = None, approx
                 f"The encoder of {sae.name} is exact on its columns alone: freeze without an approximation."
             )
         readout, approximation = _with_threshold(readout, approximate_on)
-    name = pack.name.split("/")[-1]
+    name = stem or pack.name.split("/")[-1]
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{name}.safetensors"
     tensors = {"weight": readout.weight, "bias": readout.bias, **readout.nonlinearity.parameters}
@@ -110,6 +118,21 @@ def frozen_readout(pack: FeaturePack) -> Readout:
         keep=None if nonlinearity.sliceable else torch.tensor(ids),
         model_name=pack.model,
     )
+
+
+def write_pack(pack: FeaturePack, file: Path) -> None:
+    """Write a pack's JSON, and take the encoder of a frozen one along.
+
+    Raises:
+        PackError: The encoder that it was frozen with is gone.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if pack.frozen is not None and pack.folder is not None and pack.folder.resolve() != file.parent.resolve():
+        try:
+            shutil.copy2(pack.folder / pack.frozen.file, file.parent)
+        except OSError as error:
+            raise PackError(f"{pack.name} is frozen, but {pack.frozen.file} cannot be copied ({error}).") from error
+    pack.write(file)
 
 
 def check_sae(pack: FeaturePack, sae: SAEHandle) -> None:

@@ -1,16 +1,24 @@
 """The gate: what a pack must show on held-out rollouts before it may be called validated.
 
-Five tests, each with an explicit threshold (the constants below):
+Each test has an explicit threshold (the constants below):
 
 1. ``auc``: the reading separates rollouts with and without the behaviour. Obfuscation Atlas (arXiv 2602.15515)
    needed a probe AUC above .7 for training against a probe to stay honest.
 2. ``spearman``: rank correlation of at least .30, the published first stage gate of the contrast method.
-3. ``permutation``: better than the same selection made on labels that have nothing to do with the behaviour.
-4. ``auc_within_careful``: still better than chance among rollouts answered the careful way alone, so that the pack
+3. ``length_controlled``: half of that must be left when the length is taken out of reading and label.
+4. ``permutation``: better than the same selection made on labels that have nothing to do with the behaviour.
+5. ``auc_within_careful``: still better than chance among rollouts answered the careful way alone, so that the pack
    does not merely recognise the way of answering. Left out where there is no such notion.
-5. ``gain_over_surface``: adds something to length, way of answering and n-grams; otherwise the text alone would do.
+6. ``gain_over_surface``: adds something to length, way of answering and n-grams; otherwise the text alone would do.
+7. ``token_injection``: its own cue words, put into rollouts that lack the behaviour, raise the reading by less than
+   half of the way to those that show it (Ma et al., arXiv 2601.05679).
+8. ``format``: under other line breaks, spaces, bullets or capitals (and other words, where given) the AUC falls by no
+   more than .10, and the reading of rollouts without the behaviour rises by less than half of that way.
+9. ``on_policy``: the rollouts are what the model itself writes at temperature 1.
 
-Every interval must clear its threshold with its *lower* end, and rollouts of one prompt are resampled together.
+Every interval must clear its threshold with its worse end, and rollouts of one prompt are resampled together. The last
+three need the model: :func:`mechreward.features.judge.judge` runs them all. A pack without any one of its features is
+measured too, and not tested: a pack of one feature may be a good one.
 """
 
 import re
@@ -23,13 +31,17 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.stats import rankdata
 
 from mechreward.errors import PackError
-from mechreward.features.pack import Evidence, GateTest, Interval
+from mechreward.features.pack import Evidence, FormatChange, GateTest, Injection, Interval
 
 AUC_LOW = 0.70  # lower end of the AUC's interval must lie above
 SPEARMAN_LOW = 0.30  # lower end of Spearman's interval must reach
 P_BELOW = 0.01  # with 100 draws: the observed value exceeds every draw
 CAREFUL_LOW = 0.50  # lower end of the AUC within careful answers must lie above
 GAIN_LOW = 0.0  # lower end of the gain over surface baselines must lie above
+LENGTH_LOW = 0.15  # lower end of the rank correlation without the length must reach
+RISE_HIGH = 0.50  # upper end of the rise by cue words, or by a change of format, must lie below
+FORMAT_DROP = 0.10  # a change of format may lower the AUC by so much
+SURPRISE = 0.05  # nats a token: the interval of the surprise must come so near to 0
 
 Floats = NDArray[np.float64]
 Selection = tuple[NDArray[np.int64], Floats]
@@ -79,6 +91,45 @@ def auc(scores: ArrayLike, labels: ArrayLike) -> float:
     n_1 = int(positive.sum())
     n_0 = len(positive) - n_1
     return float((rankdata(scores)[positive].sum() - n_1 * (n_1 + 1) / 2) / (n_1 * n_0))
+
+
+def length_controlled(scores: ArrayLike, labels: ArrayLike, lengths: ArrayLike) -> float:
+    """Partial rank correlation of scores and labels given the length.
+
+    Pearson's r of what is left of both ranks after regression on a cubic of the rank of the length, and on which tenth
+    of all lengths it falls in.
+
+    Args:
+        scores: One number per rollout [n].
+        labels: Bools or numbers [n], not all the same.
+        lengths: In tokens [n].
+
+    Returns:
+        A float in [-1, 1]; 0 when the length explains one of the two entirely.
+    """
+    scores, labels = _checked(scores, labels)
+    rank = _standardised(rankdata(np.asarray(lengths, dtype=np.float64)))
+    tenth = np.digitize(rank, np.unique(np.quantile(rank, np.linspace(0.1, 0.9, 9))))
+    known = np.column_stack([np.ones_like(rank), rank, rank**2, rank**3, tenth[:, None] == np.arange(1, 10)])
+    ranks = np.column_stack([rankdata(scores), rankdata(labels)])
+    ranks -= ranks.mean(axis=0)
+    left = ranks - known @ np.linalg.lstsq(known, ranks, rcond=None)[0]
+    x, y = left.T
+    norm = np.sqrt((x @ x) * (y @ y))
+    explained = norm <= 1e-9 * np.sqrt(np.square(ranks).sum(axis=0).prod())
+    return 0.0 if explained else float(np.clip(x @ y / norm, -1, 1))
+
+
+def rise(changed: ArrayLike, scores: ArrayLike, labels: ArrayLike) -> float:
+    """How far changed rollouts without the behaviour rise, as a share of the way to those with it.
+
+    (mean changed_0 - mean r_0) / (mean r_1 - mean r_0), Ma et al.'s transfer ratio; infinite where the reading does not
+    even rise with the behaviour.
+    """
+    scores, labels = _checked(scores, labels)
+    positive = labels.astype(bool)
+    low, way = scores[~positive].mean(), scores[positive].mean() - scores[~positive].mean()
+    return float((np.asarray(changed, dtype=np.float64)[~positive].mean() - low) / way) if way > 0 else float("inf")
 
 
 def bootstrap(
@@ -298,14 +349,21 @@ def gate(
     null: Floats,
     *,
     aggregation: str,
-    temperature: float,
+    temperature: float | None,
     data: str,
+    null_of: str = "selections made on shuffled labels",
     noise_null: Floats | None = None,
+    injection: Injection | None = None,
+    formats: dict[str, FormatChange] | None = None,
+    surprise: Interval | None = None,
+    without: dict[str, float] | None = None,
     folds: int = 5,
     draws: int = 1000,
     seed: int = 0,
 ) -> Evidence:
     """Measure a pack on held-out rollouts and judge it.
+
+    What needs the model is measured before (:mod:`mechreward.features.judge`) and judged here.
 
     Args:
         scores: The pack's raw reward per rollout [n]; rollouts in which no token could be read are left out before.
@@ -317,9 +375,11 @@ def gate(
         careful_mask: Which rollouts were answered the careful way [n], bool, or ``None`` without such a notion.
         null: From :func:`selection_null`, against the true labels [draws, 2].
         aggregation: Aggregation that the scores were computed with.
-        temperature: Sampling temperature of the rollouts.
+        temperature: Sampling temperature of the rollouts, if known.
         data: One sentence: split, seed, model.
+        null_of: What the null's draws are.
         noise_null: The same with ``permute_gate=True``, reported only.
+        injection, formats, surprise, without: See :class:`mechreward.features.pack.Evidence`.
         folds: Folds of the cross-validation over prompts.
         draws: Bootstrap resamples of every interval.
         seed: Seed of every bootstrap.
@@ -336,7 +396,13 @@ def gate(
         reading, positive, groups, surface_features(texts, lengths, ways), folds=folds, draws=draws, seed=seed
     )
     figures = _null_figures(rho.value, null, noise_null)
-    tests = [_auc_test(area), _spearman_test(rho), _permutation_test(rho.value, figures["p_value"], null)]
+    partial = bootstrap(length_controlled, reading, positive, lengths, groups=groups, draws=draws, seed=seed)
+    tests = [
+        _auc_test(area),
+        _spearman_test(rho),
+        _length_test(partial),
+        _permutation_test(rho.value, figures["p_value"], null, null_of),
+    ]
     careful, n_careful = None, None
     if careful_mask is not None:
         mask = np.asarray(careful_mask).astype(bool)
@@ -344,20 +410,31 @@ def gate(
         careful = _within(reading[mask], positive[mask], groups[mask], draws, seed)
         tests.append(_careful_test(careful, n_careful, int(positive[mask].sum())))
     tests.append(_gain_test(surface))
+    if injection is not None:
+        tests.append(_injection_test(injection))
+    if formats is not None:
+        tests.append(_format_test(formats, area.value))
+    if surprise is not None:
+        tests.append(_policy_test(surprise, temperature))
     return Evidence(
         n=len(reading),
         n_positive=int(positive.sum()),
         aggregation=aggregation,
-        temperature=float(temperature),
+        temperature=temperature,
         data=data,
         spearman=rho,
         auc=area,
         auc_within_careful=careful,
         n_within_careful=n_careful,
+        length_controlled=partial,
         surface=surface.alone,
         surface_auc=surface.surface_auc,
         surface_plus_auc=surface.surface_plus_auc,
         gain=surface.gain,
+        injection=injection,
+        formats=formats,
+        surprise=surprise,
+        without=without,
         verdict=tests,
         **figures,
     )
@@ -386,14 +463,66 @@ def _spearman_test(rho: Interval) -> GateTest:
     )
 
 
-def _permutation_test(rho: float, p_value: float, null: Floats) -> GateTest:
+def _length_test(partial: Interval) -> GateTest:
+    passed = partial.low >= LENGTH_LOW
+    return GateTest(
+        name="length_controlled",
+        passed=passed,
+        sentence=f"With the length taken out of both, the rank correlation is {_shown(partial)}; the lower end "
+        f"{'reaches' if passed else 'does not reach'} {LENGTH_LOW:.2f}.",
+    )
+
+
+def _injection_test(injection: Injection) -> GateTest:
+    how, worst = max(injection.rise.items(), key=lambda item: item[1].high)
+    passed = worst.high < RISE_HIGH
+    return GateTest(
+        name="token_injection",
+        passed=passed,
+        sentence=f"Cue words alone ({', '.join(map(repr, injection.cues))}; {injection.rate:.0%} of the length, {how}) "
+        f"bring rollouts without the behaviour {_shown(worst)} of the way to those with it; the upper end "
+        f"{'is' if passed else 'is not'} below {RISE_HIGH:.2f}{'.' if passed else ', so the pack detects words.'}",
+    )
+
+
+def _format_test(formats: dict[str, FormatChange], area: float) -> GateTest:
+    if not formats:
+        sentence = "No change of format could be made: the tokenizer cannot write the changed texts."
+        return GateTest(name="format", passed=False, sentence=sentence)
+    weakest, change = min(formats.items(), key=lambda item: item[1].auc.value)
+    strongest, other = max(formats.items(), key=lambda item: item[1].rise.high)
+    keeps, stays = change.auc.value >= area - FORMAT_DROP, other.rise.high < RISE_HIGH
+    return GateTest(
+        name="format",
+        passed=keeps and stays,
+        sentence=f"Of {len(formats)} changes of format, the AUC suffers most from '{weakest}' ({area:.2f} to "
+        f"{change.auc.value:.2f}; a fall of {FORMAT_DROP:.2f} is allowed), and '{strongest}' brings rollouts without "
+        f"the behaviour {_shown(other.rise)} of the way to those with it ({RISE_HIGH:.2f} is too much).",
+    )
+
+
+def _policy_test(surprise: Interval, temperature: float | None) -> GateTest:
+    near = surprise.low <= SURPRISE and surprise.high >= -SURPRISE
+    passed = near and temperature in (None, 1.0)
+    sampled = "" if temperature is None else f", sampled at temperature {temperature:g},"
+    how = "come from" if passed else "do not come from"
+    return GateTest(
+        name="on_policy",
+        passed=passed,
+        sentence=f"The rollouts{sampled} are {_shown(surprise)} nats a token less "
+        f"likely to the model than its own: they {how} the model itself at temperature 1 (where it is 0, and "
+        f"{SURPRISE:.2f} either way is allowed).",
+    )
+
+
+def _permutation_test(rho: float, p_value: float, null: Floats, null_of: str) -> GateTest:
     passed = p_value < P_BELOW
     above = int((null[:, 0] >= rho).sum())
     too_few = "" if 1 / (1 + len(null)) < P_BELOW else " (no result of so few draws could be: 100 are the least)"
     return GateTest(
         name="permutation",
         passed=passed,
-        sentence=f"Of {len(null)} selections made on shuffled labels, {above} reach the rank correlation {rho:.2f} "
+        sentence=f"Of {len(null)} {null_of}, {above} reach the rank correlation {rho:.2f} "
         f"(their largest: {null[:, 0].max():.2f}), p = {p_value:.4f}, which {'is' if passed else 'is not'} below "
         f"{P_BELOW:.2f}{too_few}.",
     )

@@ -68,6 +68,33 @@ class GateTest(Strict):
     sentence: Text
 
 
+class Injection(Strict):
+    """What cue words alone do to the reading (Ma et al., arXiv 2601.05679).
+
+    Attributes:
+        cues: The tokens on which the pack reads highest, as text.
+        rate: Injected tokens as a share of the completion's own.
+        rise: For each way of putting them into rollouts without the behaviour: how far the reading rises, as a share of
+            its distance to the rollouts with the behaviour.
+    """
+
+    cues: list[str]
+    rate: Annotated[float, Field(gt=0)]
+    rise: dict[str, Interval]
+
+
+class FormatChange(Strict):
+    """What a change of format alone does to the reading.
+
+    Attributes:
+        auc: AUC on the changed rollouts.
+        rise: How far the reading of rollouts without the behaviour rises, as a share of the distance to those with it.
+    """
+
+    auc: Interval
+    rise: Interval
+
+
 class Evidence(Strict):
     """What was measured on held-out rollouts, and the verdict.
 
@@ -75,7 +102,7 @@ class Evidence(Strict):
         n: Rollouts that were read.
         n_positive: Those among them that show the behaviour.
         aggregation: How readings over tokens became one number per rollout.
-        temperature: Sampling temperature of the rollouts.
+        temperature: Sampling temperature of the rollouts, if known.
         data: One sentence: which split and seed, read by which model.
         spearman: Rank correlation of the reading with the label.
         auc: Probability that a rollout with the behaviour reads higher than one without.
@@ -88,17 +115,22 @@ class Evidence(Strict):
             it was not measured.
         auc_within_careful: AUC among the rollouts answered the careful way, or ``None`` without such a notion.
         n_within_careful: How many those are.
+        length_controlled: Rank correlation of reading and label with the length taken out of both.
         surface: Cross-validated AUC of each surface baseline alone, e.g. length, way_of_answering, ngrams.
         surface_auc: Cross-validated AUC of all surface baselines together, and of what they predict of the reading.
         surface_plus_auc: The same with the reading added.
         gain: surface_plus_auc - surface_auc.
+        injection: What cue words alone do.
+        formats: What each change of format alone does; ``paraphrase`` where other words were given.
+        surprise: How much less likely the rollouts are to the model than its own at temperature 1, in nats a token.
+        without: AUC of the pack without one feature, by its id.
         verdict: Every test of the gate.
     """
 
     n: Count
     n_positive: Count
     aggregation: Text
-    temperature: Annotated[float, Field(ge=0)]
+    temperature: Annotated[float, Field(ge=0)] | None
     data: Text
     spearman: Interval
     auc: Interval
@@ -110,10 +142,15 @@ class Evidence(Strict):
     noise_spearman_q95: float | None = None
     auc_within_careful: Interval | None = None
     n_within_careful: Count | None = None
+    length_controlled: Interval | None = None
     surface: dict[str, Share]
     surface_auc: Share
     surface_plus_auc: Share
     gain: Interval
+    injection: Injection | None = None
+    formats: dict[str, FormatChange] | None = None
+    surprise: Interval | None = None
+    without: dict[str, Share] | None = None
     verdict: list[GateTest]
 
     @model_validator(mode="after")

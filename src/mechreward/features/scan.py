@@ -1,9 +1,10 @@
-"""All latents of a dictionary against labels, in one pass: streaming moments, so that no activation is stored.
+"""All latents of dictionaries against labels, in one pass: streaming moments, so that no activation is stored.
 
 What is kept is a few sums per latent, for the labels and for permutations of them. From these come the effect size, the
 firing-rate gap (SparseRM, arXiv 2511.07896), and for each latent the probability that the *largest* effect among all
 latents would be as large if the labels said nothing (max-T of Westfall and Young 1993: controls the family-wise error
-over thousands of correlated latents).
+over thousands of correlated latents). What would have been selected from each permutation is known too, so that a gate
+can repeat the selection without a second pass.
 """
 
 from __future__ import annotations
@@ -16,33 +17,51 @@ from numpy.typing import ArrayLike, NDArray
 
 from mechreward.errors import PackError
 
+Floats = NDArray[np.float64]
+
 
 @dataclass(frozen=True)
 class Scan:
     """What a pass over all rollouts says of each of F latents.
 
+    Row 0 of what has 1 + P rows is for the labels, the others are for P permutations of them.
+
     Attributes:
-        effect: Cohen's d between rollouts with and without the behaviour, ``[F]``; 0 for a latent that never varies.
-        adjusted_p: Share of permutations (with the observed one) whose largest |d| reaches this latent's, ``[F]``.
-        firing_with: Share of the rollouts with the behaviour in which the latent fires, ``[F]``.
-        firing_without: The same without it, ``[F]``.
+        effects: Cohen's d between rollouts with and without the behaviour, ``[1 + P, F]``; 0 for a latent that never
+            varies.
+        gaps: SparseRM's criterion: the share of the rollouts with the behaviour in which a latent fires, minus the
+            share of those without, ``[1 + P, F]``.
+        firing: Share of all rollouts in which it fires, ``[F]``.
         spread: Standard deviation over all rollouts, ``[F]``.
-        largest_by_chance: The largest |d| in each permutation, ``[P]``.
         rollouts: How many there were.
     """
 
-    effect: NDArray[np.float64]
-    adjusted_p: NDArray[np.float64]
-    firing_with: NDArray[np.float64]
-    firing_without: NDArray[np.float64]
-    spread: NDArray[np.float64]
-    largest_by_chance: NDArray[np.float64]
+    effects: Floats
+    gaps: Floats
+    firing: Floats
+    spread: Floats
     rollouts: int
 
     @property
-    def firing_gap(self) -> NDArray[np.float64]:
-        """SparseRM's criterion: firing rate with the behaviour minus without, ``[F]``."""
-        return self.firing_with - self.firing_without
+    def effect(self) -> Floats:
+        """Cohen's d with the labels, ``[F]``."""
+        return self.effects[0]
+
+    @property
+    def firing_gap(self) -> Floats:
+        """SparseRM's criterion with the labels, ``[F]``."""
+        return self.gaps[0]
+
+    @property
+    def adjusted_p(self) -> Floats:
+        """Share of labellings, the true one among them, whose largest \\|d| reaches this latent's, ``[F]``."""
+        reached = (self.largest_by_chance[:, None] >= np.abs(self.effect)).sum(axis=0)
+        return (1 + reached) / len(self.effects)
+
+    @property
+    def largest_by_chance(self) -> Floats:
+        """The largest \\|d| in each permutation, ``[P]``."""
+        return np.abs(self.effects[1:]).max(axis=1)
 
 
 def scan(
@@ -57,8 +76,7 @@ def scan(
     Args:
         blocks: The rollouts' activations, aggregated over tokens, in the order of the labels: ``[b, F]`` each.
         labels: Whether each rollout shows the behaviour, ``[n]``.
-        groups: The question of each rollout, ``[n]``: whole questions exchange their labels where they have as many
-            rollouts, since rollouts of one question are alike. By default every rollout for itself.
+        groups: The question of each rollout, ``[n]``; see :func:`permuted`. By default every rollout for itself.
         permutations: How many; the smallest adjusted p is 1 / (permutations + 1).
         seed: Of the permutations.
 
@@ -71,41 +89,36 @@ def scan(
         raise PackError(f"A scan needs rollouts with and without the behaviour, but {positive.sum()} of {n} show it.")
     shuffled = permuted(positive, groups, permutations, np.random.default_rng(seed))
     sides = np.concatenate([positive[None], shuffled]).astype(np.float64)  # [1 + P, n]
-    origin = total = squares = fired = None
-    with_it = np.zeros((len(sides), 0))
-    row = 0
+    origin, row = np.zeros(0), 0
+    total = squares = fired = with_it = fired_with = np.zeros(0)
     for block in blocks:
         a = np.asarray(block, dtype=np.float64)
-        if origin is None:
+        if row == 0:
             # Sums are taken relative to the first rollout: a latent that never varies gets exactly 0.
-            origin, total, squares = a[0].copy(), np.zeros(a.shape[1]), np.zeros(a.shape[1])
-            fired, with_it = np.zeros((2, a.shape[1])), np.zeros((len(sides), a.shape[1]))
+            origin, total, squares, fired = a[0].copy(), *np.zeros((3, a.shape[1]))
+            with_it, fired_with = np.zeros((2, len(sides), a.shape[1]))
         if row + len(a) > n:
             raise PackError(f"There are more rows of activations than the {n} labels: give one label for each rollout.")
         here = sides[:, row : row + len(a)]
-        assert total is not None and squares is not None and fired is not None  # set with origin
-        fired += np.stack([~positive[row : row + len(a)], positive[row : row + len(a)]]).astype(float) @ (a > 0)
+        firing = (a > 0).astype(np.float64)
+        fired += firing.sum(axis=0)
+        fired_with += here @ firing
         a = a - origin
         total += a.sum(axis=0)
         squares += np.einsum("nf,nf->f", a, a)
         with_it += here @ a
         row += len(a)
-    if row != n or total is None or squares is None or fired is None:
+    if row != n:
         raise PackError(f"There are {row} rows of activations and {n} labels: give one label for each rollout.")
     if not (np.isfinite(total).all() and np.isfinite(squares).all()):
         raise PackError("Some activations are NaN or infinite: leave out the rollouts in which no token could be read.")
-    counts = np.array([n - positive.sum(), positive.sum()])
-    effects = _effects(with_it, total, squares, sides.sum(axis=1), n)
-    largest = np.abs(effects[1:]).max(axis=1) if permutations else np.zeros(0)
-    reached = (largest[:, None] >= np.abs(effects[0])[None]).sum(axis=0)
+    n_1 = sides.sum(axis=1)[:, None]
     variance = np.maximum(squares / n - (total / n) ** 2, 0)
     return Scan(
-        effect=effects[0],
-        adjusted_p=(1 + reached) / (1 + permutations),
-        firing_with=fired[1] / counts[1],
-        firing_without=fired[0] / counts[0],
+        effects=_effects(with_it, total, squares, n_1, n),
+        gaps=fired_with / n_1 - (fired - fired_with) / (n - n_1),
+        firing=fired / n,
         spread=np.sqrt(variance),
-        largest_by_chance=largest,
         rollouts=n,
     )
 
@@ -113,23 +126,30 @@ def scan(
 def permuted(
     labels: NDArray[np.bool_], groups: ArrayLike | None, count: int, rng: np.random.Generator
 ) -> NDArray[np.bool_]:
-    """Permutations of the labels, ``[count, n]``: of whole groups among groups of the same size."""
+    """Permutations of the labels, ``[count, n]``.
+
+    Rollouts of one question are alike, so whole questions exchange their labels with others that have as many rollouts.
+    Contrasts have as many rollouts with the behaviour as every other question: there, labels are exchanged within.
+    """
     if groups is None:
         return rng.permuted(np.broadcast_to(labels, (count, len(labels))), axis=1)
     _, which = np.unique(np.asarray(groups), return_inverse=True)
     members = [np.flatnonzero(which == g) for g in range(which.max() + 1)]
     sizes = np.array([len(m) for m in members])
+    shares = np.array([labels[m].mean() for m in members])
+    within = bool((shares == shares[0]).all())
     result = np.empty((count, len(labels)), dtype=bool)
     for size in np.unique(sizes):
         rows = np.stack([m for m in members if len(m) == size])  # [groups, size]
         for draw in range(count):
-            result[draw, rows] = labels[rows[rng.permutation(len(rows))]]
+            result[draw, rows] = (
+                rng.permuted(labels[rows], axis=1) if within else labels[rows[rng.permutation(len(rows))]]
+            )
     return result
 
 
-def _effects(with_it: NDArray, total: NDArray, squares: NDArray, n_1: NDArray, n: int) -> NDArray[np.float64]:
+def _effects(with_it: Floats, total: Floats, squares: Floats, n_1: Floats, n: int) -> Floats:
     """d = (m_1 - m_0) / s,  s^2 = (sum a^2 - n_1 m_1^2 - n_0 m_0^2) / (n - 2), for each labelling, ``[1 + P, F]``."""
-    n_1 = n_1[:, None]
     n_0 = n - n_1
     m_1, m_0 = with_it / n_1, (total - with_it) / n_0
     rest = np.maximum(squares - n_1 * m_1**2 - n_0 * m_0**2, 0.0)

@@ -39,6 +39,11 @@ def aggregation(name: str) -> Aggregate:
     )
 
 
+def attention_over(scores: Tensor, mask: Tensor) -> Tensor:
+    """How much each token counts: softmax over the masked-in tokens of a row, ``[B, T]``; 0 elsewhere."""
+    return scores.masked_fill(~mask, -torch.inf).softmax(dim=1).masked_fill(~mask, 0.0)  # NaN in a row without tokens
+
+
 def _empty_as_nan(result: Tensor, mask: Tensor) -> Tensor:
     return result.masked_fill(~mask.any(dim=1), torch.nan)
 

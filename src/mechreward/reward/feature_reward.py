@@ -15,6 +15,7 @@ from mechreward.errors import CandidateWarning, ConfigError, PackError, RewardEr
 from mechreward.features.pack import Calibration, FeaturePack
 from mechreward.readout import Readings, Readout, Reads, Request
 from mechreward.reward.aggregation import aggregation as find_aggregation
+from mechreward.reward.aggregation import attention_over
 from mechreward.reward.base import Dense, Reward, Scores
 from mechreward.reward.normalization import zscore_in_batch, zscore_in_group
 from mechreward.reward.schedule import Schedule
@@ -37,7 +38,8 @@ class FeatureReward(Reward):
         readout: What to read: ``sae.features([3, 17])``, ``mr.load_probe(...)``, ``mr.direction(...)``.
         weights: One per column of the readout; 1 each by default.
         aggregation: ``mean``, ``max``, ``last``, ``sum``, ``mean_last_{n}_tokens``, ``top_{n}_mean``, or ``per_token``
-            (dense advantages; needs MechRewardGRPOTrainer).
+            (dense advantages; needs MechRewardGRPOTrainer). By default what a probe was trained with, else ``mean``.
+            A probe with attention pooling has ``attention``, no other, and no weights.
         reads: ``"policy"``, the model being trained, or ``"reference"``, the frozen model that it started from,
             reading the policy's text. The second cannot be fooled by changed activations, only by text.
         normalize: ``"none"``; z-score within ``"group"`` or ``"batch"``; ``"quantile"`` of the pack's calibration.
@@ -55,7 +57,7 @@ class FeatureReward(Reward):
         self,
         readout: Readout,
         weights: Sequence[float] | None = None,
-        aggregation: str = "mean",
+        aggregation: str | None = None,
         reads: Reads = "policy",
         normalize: Normalize = "none",
         schedule: Schedule | None = None,
@@ -70,6 +72,12 @@ class FeatureReward(Reward):
             raise RewardError(f"'{self.__name__}' has {len(self.weights)} weights for {readout.width} readout columns.")
         if not self.weights.isfinite().all():
             raise RewardError(f"A weight of '{self.__name__}' is NaN or infinite: give finite numbers.")
+        aggregation = readout.aggregation if aggregation is None else aggregation
+        self._attention = readout.aggregation == "attention"
+        if self._attention and (aggregation != "attention" or weights is not None):
+            raise ConfigError(f"'{self.__name__}' pools by attention: leave aggregation and weights out.")
+        if aggregation == "attention" and not self._attention:
+            raise ConfigError(f"aggregation='attention' needs a probe trained with it, which '{self.__name__}' is not.")
         if reads not in ("policy", "reference"):
             raise ConfigError(f"reads='{reads}' is not possible: use 'policy' or 'reference'.")
         if normalize not in NORMALIZE:
@@ -84,7 +92,7 @@ class FeatureReward(Reward):
                 "normalize='quantile' needs the same."
             )
         self.aggregation = aggregation
-        self._aggregate = find_aggregation(aggregation)
+        self._aggregate = find_aggregation("sum" if self._attention else aggregation)  # see raw()
         self.normalize: Normalize = normalize
         self.schedule = schedule
         self.calibration = calibration
@@ -118,11 +126,18 @@ class FeatureReward(Reward):
         from mechreward.features.frozen import check_sae, frozen_readout
         from mechreward.sae.registry import load_sae
 
+        name = pack if isinstance(pack, str) else pack.name
         pack = load_pack(pack) if isinstance(pack, str) else pack
         if not pack.features:
-            raise PackError(f"{pack.name} is a recipe without features: {pack.status_reason}")
+            raise PackError(
+                f"{pack.name} is a recipe without features: {pack.status_reason} Find some with 'mechreward discover "
+                f"--recipe {name} --data YOUR_ROLLOUTS.jsonl'."
+            )
         if pack.status == "candidate":
-            said = f"{pack.name} is a candidate, not a validated pack: {pack.status_reason}"
+            said = (
+                f"{pack.name} is a candidate, not a validated pack: {pack.status_reason} Test it with 'mechreward gate "
+                f"{name} --model {pack.model} --data YOUR_ROLLOUTS.jsonl'."
+            )
             if strict:
                 raise PackError(said)
             warnings.warn(said, CandidateWarning, stacklevel=2)
@@ -158,7 +173,10 @@ class FeatureReward(Reward):
         return [self.request]
 
     def raw(self, readings: Readings) -> Tensor:
-        """r_t before aggregation, ``[B, T]`` float32."""
+        """r_t before aggregation, ``[B, T]`` float32; for attention pooling a_t v_t, whose sum is the logit."""
+        if self._attention:
+            score, value = readings.values.unbind(-1)
+            return attention_over(score, readings.mask) * value
         return readings.values @ self.weights.to(readings.values.device)
 
     def score(self, batch: RolloutBatch, readings: Mapping[Request, Readings], sense: float = 1.0) -> Scores:

@@ -109,6 +109,31 @@ class RolloutBatch:
             lengths.append(end)
         return lengths
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest rollout, prompt and completion together."""
+        return max(len(p) + len(c) for p, c in zip(self.prompt_ids, self.completion_ids, strict=True))
+
+    def take(self, rows: Sequence[int]) -> RolloutBatch:
+        """Some of the rollouts, each a group of its own."""
+
+        def of(column: Any) -> Any:
+            return None if column is None else [column[row] for row in rows]
+
+        return replace(
+            self,
+            prompts=of(self.prompts),
+            completions=of(self.completions),
+            prompt_ids=of(self.prompt_ids),
+            completion_ids=of(self.completion_ids),
+            columns={name: of(values) for name, values in self.columns.items()},
+            tool_mask=of(self.tool_mask),
+            trust=None if self.trust is None else self.trust[list(rows)],
+            dropped=None if self.dropped is None else self.dropped[list(rows)],
+            flags=of(self.flags),
+            num_generations=1,
+        )
+
     def mask(self, read_last: bool = False) -> Tensor:
         """``[B, T]`` bool, T the longest completion: the completion tokens that are to be read.
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from mechreward.errors import RewardError
+from mechreward import pocket
+from mechreward.errors import ConfigError, RewardError
 from mechreward.readout import Readings, Readout, ReadoutBank, Request
+from mechreward.reward.aggregation import Aggregate, aggregation
 from mechreward.rollout.batch import Call, RolloutBatch, Text, plain_text
 from mechreward.rollout.capture import ResidualTap, SequenceReader, check_fits, truncated_forward, unwrap
 
@@ -19,6 +21,9 @@ if TYPE_CHECKING:
 
 MAX_TOKENS = 4096
 """Padded tokens in one forward pass of our own: more would take more memory than the trainer's own passes."""
+
+MAX_NUMBERS = 1 << 26
+"""Readings held at once where every latent is read: 256 MiB."""
 
 
 def read_forward(
@@ -77,6 +82,40 @@ def read_forward(
     finally:
         tap.close()
     return bank.split(values, mask.to(device))
+
+
+def read_in_pieces(
+    model: nn.Module, batch: RolloutBatch, readouts: Sequence[Readout]
+) -> Iterator[tuple[RolloutBatch, list[Readings]]]:
+    """Read a batch a few rollouts at a time, so that all latents of whole dictionaries can be read.
+
+    Yields:
+        The next rollouts, and their readings by each readout, values ``[b, T, K]``.
+    """
+    bank = ReadoutBank(readouts)
+    step = max(1, MAX_NUMBERS // (batch.longest * len(bank)))
+    for start in range(0, len(batch), step):
+        piece = batch.take(range(start, min(start + step, len(batch))))
+        read = read_forward(model, piece, bank)
+        yield piece, [read[readout] for readout in readouts]
+
+
+def pooled(model: nn.Module, batch: RolloutBatch, readouts: Sequence[Readout], how: str = "mean") -> Iterator[Tensor]:
+    """Readings aggregated over each rollout's tokens, a few rollouts at a time.
+
+    Yields:
+        ``[b, K]`` float32 on the CPU, K the columns of all readouts, in their order; NaN where no token is read.
+    """
+    aggregate = aggregation(how)
+    for _, readings in read_in_pieces(model, batch, readouts):
+        yield torch.cat([over_tokens(each, aggregate) for each in readings], dim=1)
+
+
+def over_tokens(readings: Readings, aggregate: Aggregate) -> Tensor:
+    """Each column over each rollout's tokens, ``[B, T, K] -> [B, K]`` on the CPU."""
+    rows, _, columns = readings.values.shape
+    each = readings.values.transpose(1, 2).reshape(rows * columns, -1)
+    return aggregate(each, readings.mask.repeat_interleave(columns, dim=0)).view(rows, columns).cpu()
 
 
 def group_requests(requests: Sequence[Request]) -> dict[tuple[str, bool], ReadoutBank]:
@@ -157,6 +196,31 @@ def end_tokens(model: Any, tokenizer: Any, chosen: int | Sequence[int] | None = 
         chosen = getattr(getattr(unwrap(model), "generation_config", None), "eos_token_id", None)
     others = [chosen] if isinstance(chosen, int) or chosen is None else chosen
     return frozenset(token for token in (tokenizer.eos_token_id, *others) if token is not None)
+
+
+def load_model(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    """A causal language model in eval mode, on the GPU if there is one, and its tokenizer.
+
+    Args:
+        name: A folder, an id of the Hugging Face hub, or ``mechreward/pocket``.
+        dtype: Of its weights.
+
+    Raises:
+        ConfigError: It cannot be had.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = pocket.resolve(name)
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        said = " ".join(str(error).split())
+        raise ConfigError(
+            f"The model {name} cannot be loaded ({type(error).__name__}: {said[:200]}): give a folder, an id of the "
+            f"hub, or {pocket.MODEL_ID}."
+        ) from error
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
 
 
 @torch.no_grad()

@@ -1,0 +1,192 @@
+"""The gate on a model: a pack's reward on held-out rollouts, on changed ones, and beside selections by chance."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mechreward.errors import DataError, PackError
+from mechreward.features.discover import Chance, digests
+from mechreward.features.frozen import check_sae, frozen_readout
+from mechreward.features.gate import auc, bootstrap, gate, rise, spearman
+from mechreward.features.interventions import (
+    FORMATS,
+    INJECTIONS,
+    Rewards,
+    cues,
+    injected,
+    reformatted,
+    rewritten,
+    surprise,
+)
+from mechreward.features.pack import Calibration, FeaturePack, FormatChange, Injection, Interval
+from mechreward.readout import Readout
+from mechreward.rollout.batch import RolloutBatch
+from mechreward.rollout.capture import check_fits
+from mechreward.rollout.hf import pooled
+from mechreward.rollout.labelled import Labelled
+from mechreward.sae.registry import load_sae
+
+DRAWS = 200  # selections by chance, where no discovery left its own
+POOL = 1000  # latents that these are made of
+CHANGED = 300  # rollouts, at most, whose text is changed or whose likelihood is asked for
+
+
+def judge(
+    pack: FeaturePack, model: Any, tokenizer: Any, rollouts: Labelled, chance: Chance | None = None, seed: int = 0
+) -> FeaturePack:
+    """Measure a pack on held-out rollouts, and give it its evidence, calibration and status.
+
+    Args:
+        pack: With features.
+        model: The model that it reads.
+        tokenizer: Its tokenizer.
+        rollouts: Labelled, of questions that discovery never saw, sampled at temperature 1.
+        chance: What discovery would have selected by chance. Without it, selections are made of random latents that
+            fire as often and count alike, which are easier to beat.
+        seed: Of everything random.
+
+    Raises:
+        PackError: A recipe, or too few rollouts for an interval.
+        DataError: A question was used in discovery.
+        ModelMismatchError: The pack reads another model.
+    """
+    own = pack_readout(pack)
+    if chance is not None and (seen := set(chance.asked) & set(digests(rollouts))):
+        raise DataError(
+            f"{len(seen)} of the questions of {rollouts.source} were used to discover {pack.name}: gate it on others."
+        )
+    how = "mean" if pack.aggregation == "per_token" else pack.aggregation
+    check_fits([own], model)
+    weights = torch.tensor([f.weight for f in pack.features])
+    reward = Rewards([own], [weights[:, None]], how)
+    scores = together(reward, chance)(model, rollouts.batch)
+    score, without, null = np.split(scores, [1, 1 + len(pack.features)], axis=1)
+    null_of = "selections made on shuffled labels"
+    if null.shape[1] == 0:
+        null, null_of = by_chance(pack, model, rollouts, how, seed), "packs of random latents that fire"
+    score, labels, groups = score[:, 0], rollouts.labels, rollouts.groups
+
+    some = np.sort(np.random.default_rng(seed).permutation(len(rollouts))[:CHANGED])
+    few = rollouts.take(some)
+
+    def share(batch: RolloutBatch) -> tuple[NDArray[np.float64], Interval]:
+        """The changed rollouts' reward, and the rise that the change brings."""
+        changed = reward(model, batch)[:, 0]
+        read = np.where(np.isfinite(changed), changed, score[some])
+        return read, bootstrap(_bounded_rise, read, score[some], few.labels, groups=few.groups, seed=seed)
+
+    found = cues(model, rollouts, reward)
+    changes = {name: reformatted(few, tokenizer, change) for name, change in FORMATS.items()}
+    if few.paraphrases is not None:
+        changes["paraphrase"] = rewritten(few, tokenizer, few.paraphrases)
+    formats = {}
+    for name, batch in changes.items():
+        if batch is not None:
+            read, up = share(batch)
+            formats[name] = FormatChange(auc=bootstrap(auc, read, few.labels, groups=few.groups, seed=seed), rise=up)
+    evidence = gate(
+        score,
+        labels,
+        groups,
+        rollouts.batch.texts,
+        np.array(rollouts.batch.lengths),
+        rollouts.ways,
+        None if rollouts.ways is None else np.array([way == "careful" for way in rollouts.ways]),
+        np.column_stack([_by_chance_figures(column, labels) for column in null.T]).T,
+        aggregation=how,
+        temperature=rollouts.temperature,
+        data=rollouts.source,
+        null_of=null_of,
+        injection=Injection(
+            cues=[tokenizer.decode([token]) for token in found.tokens],
+            rate=found.rate,
+            rise={way: share(injected(few.batch, found, way, seed))[1] for way in INJECTIONS},
+        ),
+        formats=formats,
+        surprise=bootstrap(_per_token, surprise(model, few.batch), groups=few.groups, seed=seed),
+        without={str(f.id): auc(column, labels) for f, column in zip(pack.features, without.T, strict=True)},
+        seed=seed,
+    )
+    return pack.model_copy(
+        update={
+            "evidence": evidence,
+            "calibration": Calibration.of(score, how),
+            "aggregation": how,
+            "status": "validated" if evidence.passed() else "candidate",
+            "status_reason": evidence.reason(),
+        }
+    )
+
+
+def pack_readout(pack: FeaturePack) -> Readout:
+    """What the pack reads: its own columns if it is frozen, else those of its sparse autoencoder.
+
+    Raises:
+        PackError: A recipe, or another sparse autoencoder than the pack's.
+    """
+    if not pack.features:
+        raise PackError(
+            f"{pack.name} is a recipe without features: find some with 'mechreward discover --recipe {pack.name} "
+            "--data YOUR_ROLLOUTS.jsonl'."
+        )
+    if pack.frozen is not None:
+        return frozen_readout(pack)
+    sae = load_sae(pack.sae.release, pack.sae.sae_id)
+    check_sae(pack, sae)
+    return sae.features([f.id for f in pack.features])
+
+
+def together(reward: Rewards, chance: Chance | None) -> Rewards:
+    """A pack's reward, the pack without each of its features, and what was selected by chance, read at once."""
+    own = reward.weights[0]  # [K, 1]
+    k = len(own)
+    saes, selections = ([], []) if chance is None else (chance.saes, chance.selections)
+    readouts, weights = list(reward.readouts), [torch.zeros(k, 1 + k + len(selections))]
+    weights[0][:, : 1 + k] = torch.cat([own, own * (1 - torch.eye(k))], dim=1)
+    for number, sae in enumerate(saes):
+        chosen = [(column, s) for column, s in enumerate(selections) if s.sae == number and len(s.ids)]
+        if chosen:
+            ids = np.unique(np.concatenate([s.ids for _, s in chosen]))
+            columns = torch.zeros(len(ids), 1 + k + len(selections))
+            for column, s in chosen:
+                columns[np.searchsorted(ids, s.ids), 1 + k + column] = torch.tensor(s.weights).float()
+            readouts.append(load_sae(sae.release, sae.sae_id).features(ids.tolist()))
+            weights.append(columns)
+    return Rewards(readouts, weights, reward.aggregation)
+
+
+def by_chance(pack: FeaturePack, model: Any, rollouts: Labelled, how: str, seed: int) -> NDArray[np.float64]:
+    """Rewards of random latents, as many as the pack has, counting alike, with the pack's signs, ``[n, draws]``."""
+    rng = np.random.default_rng(seed)
+    sae = load_sae(pack.sae.release, pack.sae.sae_id)
+    pool = np.sort(rng.choice(sae.d_sae, size=min(POOL, sae.d_sae), replace=False))
+    read = torch.cat(list(pooled(model, rollouts.batch, [sae.features(pool.tolist())], how))).double().numpy()
+    read = read[:, ((read > 0).mean(axis=0) >= 0.01) & (read.std(axis=0) > 0)]
+    signs = np.sign([f.weight for f in pack.features])
+    if read.shape[1] < len(signs):
+        raise PackError(
+            f"Only {read.shape[1]} of {len(pool)} random latents of {sae.name} fire on these rollouts, too few to "
+            f"compare {pack.name} with: is it the right model?"
+        )
+    read /= read.std(axis=0)
+    draws = (rng.choice(read.shape[1], size=len(signs), replace=False) for _ in range(DRAWS))
+    return np.stack([read[:, draw] @ signs for draw in draws], axis=1)
+
+
+def _by_chance_figures(score: NDArray, labels: NDArray) -> tuple[float, float]:
+    """\\|Spearman| and the AUC counted from .5 upwards, since the sign of a selection by chance is arbitrary."""
+    return abs(spearman(score, labels)), 0.5 + abs(auc(score, labels) - 0.5)
+
+
+def _bounded_rise(changed: NDArray, score: NDArray, labels: NDArray) -> float:
+    """The rise; 10 where the reading does not even rise with the behaviour, since a file holds no infinity."""
+    return float(np.clip(rise(changed, score, labels), -10, 10))
+
+
+def _per_token(nats_and_tokens: NDArray) -> float:
+    nats, tokens = nats_and_tokens.sum(axis=0)
+    return float(nats / tokens)
