@@ -259,13 +259,14 @@ def test_what_cannot_be_read_has_no_logit(trained, gemma):
 
 @pytest.fixture(scope="module")
 def swept(gemma):
-    return train_probe(gemma, TRAIN, range(4), "mean", TEST)
+    return train_probe(gemma, TRAIN, [3, 2, 1, 0], "mean", TEST)
 
 
 def test_the_layer_with_the_best_cross_validated_auc_is_chosen(swept, gemma):
     card = swept.probe.card
-    assert [each.layer for each in card.training.layers] == [0, 1, 2, 3]
+    assert [each.layer for each in card.training.layers] == [3, 2, 1, 0]
     best = max(card.training.layers, key=lambda each: each.cross_validated.value)
+    assert best is not card.training.layers[0]
     assert card.hook_point == f"blocks.{best.layer}.hook_resid_post"
     assert (card.training.strength, card.evidence.auc.value) == (best.strength, pytest.approx(best.held_out.value))
     for each in card.training.layers:  # every layer is read where it says
@@ -276,7 +277,7 @@ def test_the_layer_with_the_best_cross_validated_auc_is_chosen(swept, gemma):
 
 
 def test_held_out_rollouts_choose_nothing(swept, gemma):
-    other = train_probe(gemma, TRAIN, range(4), "mean", rollouts(20, 2)).probe
+    other = train_probe(gemma, TRAIN, [3, 2, 1, 0], "mean", rollouts(20, 2)).probe
     assert torch.equal(other.weight, swept.probe.weight) and torch.equal(other.bias, swept.probe.bias)
     assert other.card.training.cross_validated == swept.probe.card.training.cross_validated
 

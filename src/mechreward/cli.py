@@ -651,7 +651,7 @@ app.add_typer(probe, name="probe")
 @probe.command("train")
 def train_a_probe(
     model: Annotated[str, typer.Option(help="A hub id, a folder, or mechreward/pocket.")],
-    data: Annotated[Path, typer.Option(help="Labelled rollouts, JSONL: prompt, completion, label; see the docs.")],
+    data: Annotated[Path, typer.Option(help="Labelled rollouts, JSONL: prompt, completion, label.")],
     out: Annotated[Path, typer.Option(help="Where to: OUT.json and OUT.safetensors.")],
     held_out: Annotated[
         Path | None, typer.Option(help="Rollouts of other questions, to judge by. Default: half of DATA's questions.")
@@ -714,9 +714,8 @@ def _tell_probe(card: Any, as_json: bool) -> None:
         return
     said = [f"{card.name}: {card.aggregation} pooling at {card.hook_point} of {card.model or 'an unnamed model'}."]
     if card.training is not None:
-        table = Table(
-            "layer", "C", "AUC, cross-validated", "AUC, held out", title=f"{card.training.pooling_of_sweep} pooling"
-        )
+        title = f"{card.training.pooling_of_sweep} pooling (*: chosen)"
+        table = Table("layer", "C", "AUC, cross-validated", "AUC, held out", title=title)
         for layer in card.training.layers:
             mark = " *" if card.hook_point == f"blocks.{layer.layer}.hook_resid_post" else ""
             figures = (_shown_interval(layer.cross_validated), _shown_interval(layer.held_out))
