@@ -1,0 +1,40 @@
+"""The command line: ``mechreward packs``, ``discover``, ``gate``, ``features``, ``probe``."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from mechreward.cli.features import features
+from mechreward.cli.find import discover, gate
+from mechreward.cli.packs import packs
+from mechreward.cli.probe import probe
+from mechreward.errors import MechRewardError
+
+
+class OneSentence(TyperGroup):
+    """What goes wrong on purpose is said in one sentence; ``--debug`` shows where it comes from."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except MechRewardError as error:
+            if ctx.params.get("debug"):
+                raise
+            typer.echo(f"Error: {error}", err=True)
+            raise typer.Exit(2) from None
+
+
+app = typer.Typer(cls=OneSentence, no_args_is_help=True, pretty_exceptions_enable=False)
+app.command()(discover)
+app.command()(gate)
+app.add_typer(packs, name="packs")
+app.add_typer(features, name="features")
+app.add_typer(probe, name="probe")
+
+
+@app.callback()
+def options(debug: Annotated[bool, typer.Option(help="Show where an error comes from.")] = False) -> None:
+    """Mechanistic-interpretability rewards for GRPO."""
