@@ -1,8 +1,8 @@
 """A positive control: columns that are known to read a behaviour, put among pocket's own latents, must come out on top.
 
 The columns are probe directions, trained on other questions, for the arithmetic step and for the hedge. The hedge is
-one fixed sentence, which a dozen of pocket's own latents tell without an error: there, the probe must be among the first
-ten of 2,050; for the step it must be the first.
+one fixed sentence, which a dozen of pocket's own latents tell without an error: there, the probe must be among the
+first ten of 2,050; for the step it must be the first.
 """
 
 import numpy as np

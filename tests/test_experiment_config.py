@@ -400,7 +400,7 @@ class TestData:
     def test_a_missing_column_is_named_with_the_nearest(self, gsm8k):
         said = refuses({"path": gsm8k, "prompt": "{qestion}"})
         assert said == (
-            f"{gsm8k} (train) has no column 'qestion', which the configuration names; it has question, answer. Did "
+            f"{gsm8k} (train) has no column 'qestion', which is asked for; it has question, answer. Did "
             "you mean 'question'?"
         )
         assert "no column 'gold'" in refuses({"path": gsm8k, "prompt": "{question}", "answer": "gold"})

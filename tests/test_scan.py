@@ -93,3 +93,19 @@ def test_a_latent_that_follows_the_question_alone_is_not_found_where_questions_m
 def test_bad_input_is_one_sentence(blocks, labels, says):
     with pytest.raises(PackError, match=says):
         scan(blocks, labels)
+
+
+def test_questions_of_different_sizes_exchange_their_labels_too():
+    rng = np.random.default_rng(0)
+    groups = np.repeat(np.arange(12), np.arange(1, 13))  # no two questions have as many rollouts
+    labels = np.isin(groups, [1, 4, 7, 11])
+    drawn = permuted(labels, groups, 100, rng)
+    assert (drawn.sum(axis=1) == labels.sum()).all()
+    assert len({tuple(row) for row in drawn}) > 90 and (drawn == labels).all(axis=1).mean() < 0.05
+
+
+def test_contrasts_exchange_their_labels_within_the_pair():
+    labels, groups = np.tile([True, False], 20), np.repeat(np.arange(20), 2)
+    drawn = permuted(labels, groups, 200, np.random.default_rng(0))
+    assert (drawn.reshape(200, 20, 2).sum(axis=2) == 1).all()
+    assert 0.4 < (drawn == labels).mean() < 0.6

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +20,7 @@ Data = Annotated[
     str,
     typer.Option(
         help="Labelled rollouts (a .jsonl with prompt, completion and label), or questions to sample the model on: "
-        "mechreward/pocket, a dataset of the hub, or a .jsonl."
+        "mechreward/pocket, a dataset of the hub, or a .jsonl. The options on sampling are for questions alone."
     ),
 ]
 Verifier = Annotated[str, typer.Option(help="What labels sampled rollouts: math_boxed, gsm8k or exact_match.")]
@@ -26,8 +28,11 @@ Split = Annotated[str | None, typer.Option(help="The dataset's split, e.g. train
 Subset = Annotated[str | None, typer.Option(help="The hub dataset's configuration, e.g. main.")]
 Prompt = Annotated[str, typer.Option(help="What the model reads, with the dataset's columns in braces.")]
 Answer = Annotated[str, typer.Option(help="The column with the gold answer.")]
-Questions = Annotated[int, typer.Option(min=2, help="So many questions at most.")]
-Rollouts = Annotated[int, typer.Option(min=1, help="Rollouts sampled a question, at temperature 1.")]
+Questions = Annotated[int | None, typer.Option(min=2, help="So many questions at most. Default: a recipe's, else 250.")]
+Rollouts = Annotated[
+    int | None,
+    typer.Option(min=1, help="Rollouts a question, at temperature 1. Default: a recipe's, else 4."),
+]
 MaxNewTokens = Annotated[int, typer.Option(min=2, help="The longest completion.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Rollouts sampled at once.")]
 Dtype = Annotated[str, typer.Option(help="Of the model's weights: float32, bfloat16 or float16.")]
@@ -55,8 +60,8 @@ def discover(
     subset: Subset = None,
     prompt: Prompt = "{prompt}",
     answer: Answer = "answer",
-    questions: Questions = 250,
-    rollouts: Rollouts = 4,
+    questions: Questions = None,
+    rollouts: Rollouts = None,
     max_new_tokens: MaxNewTokens = 256,
     batch_size: BatchSize = 64,
     dtype: Dtype = "float32",
@@ -85,6 +90,19 @@ def discover(
     names = sae or ([] if template is None else [f"{template.sae.release}/{template.sae.sae_id}"])
     if not names:
         raise ConfigError("Name a sparse autoencoder with --sae, or a pack without features with --recipe.")
+    sampling = Sampling(
+        verifier,
+        split,
+        subset,
+        prompt,
+        answer,
+        questions or int(_setting(wanted, "questions", 250)),
+        rollouts or int(_setting(wanted, "rollouts_per_question", 4)),
+        max_new_tokens,
+        batch_size,
+        seed,
+        keep_rollouts,
+    )
     chosen = {
         "n_positive": n_positive if n_positive is not None else int(_setting(wanted, "n_positive", 10)),
         "n_negative": n_negative if n_negative is not None else int(_setting(wanted, "n_negative", 10)),
@@ -100,23 +118,7 @@ def discover(
         raise ConfigError(f"{saes[0].name} does not say which model it was made for: name it with --model.")
     loaded, tokenizer = load_model(made_for, _dtype(dtype))
     check_fits([each.features([0]) for each in saes], loaded)
-    found_in = _labelled(
-        loaded,
-        tokenizer,
-        data,
-        split,
-        "discovery",
-        subset,
-        prompt,
-        answer,
-        verifier,
-        questions,
-        rollouts,
-        max_new_tokens,
-        batch_size,
-        seed,
-        keep_rollouts,
-    )
+    found_in = sampling.labelled(loaded, tokenizer, data, "discovery")
     with _progress("Reading every latent") as tell:
         found = find_features(
             loaded,
@@ -159,8 +161,8 @@ def gate(
     subset: Subset = None,
     prompt: Prompt = "{prompt}",
     answer: Answer = "answer",
-    questions: Questions = 250,
-    rollouts: Rollouts = 4,
+    questions: Questions = None,
+    rollouts: Rollouts = None,
     max_new_tokens: MaxNewTokens = 256,
     batch_size: BatchSize = 64,
     dtype: Dtype = "float32",
@@ -173,41 +175,37 @@ def gate(
 
     Example: mechreward gate my_pack.json --data mechreward/pocket
     """
-    from mechreward.errors import ConfigError
-    from mechreward.features.discover import read_chance
+    from mechreward.features.discover import chance_file, read_chance
     from mechreward.features.frozen import write_pack
     from mechreward.features.judge import judge, pack_readout
     from mechreward.rollout.capture import check_fits
     from mechreward.rollout.hf import load_model
 
     pack, local = load_pack(name), name.endswith(".json") and not name.startswith("hf:")
-    if out is None and not local:
-        raise ConfigError(f"{name} lies in a catalog: say with --out where its evidence is to be written.")
-    file = out or Path(name)
+    file = out or (Path(name) if local else Path(f"{name.split('/')[-1].removesuffix('.json')}.json"))
     _check_files(file, keep_rollouts)
     own, chance = pack_readout(pack), read_chance(Path(name)) if local else None
     loaded, tokenizer = load_model(model or pack.model, _dtype(dtype))
     check_fits([own], loaded)  # before anything is sampled, which may take hours
-    held_out = _labelled(
-        loaded,
-        tokenizer,
-        data,
+    sampling = Sampling(
+        verifier,
         split,
-        "gate",
         subset,
         prompt,
         answer,
-        verifier,
-        questions,
-        rollouts,
+        questions or 250,
+        rollouts or 4,
         max_new_tokens,
         batch_size,
         seed,
         keep_rollouts,
     )
+    held_out = sampling.labelled(loaded, tokenizer, data, "gate", chance.asked if chance else ())
     with console.status("Reading ..."):
         judged = judge(pack, loaded, tokenizer, held_out, chance, seed)
     write_pack(judged, file)
+    if chance is not None and file != Path(name):
+        shutil.copy2(chance_file(Path(name)), chance_file(file))  # so that it can be gated again
     show_verdict(judged)
     console.print(f"{file}: {judged.status}.", soft_wrap=True, markup=False)
     raise typer.Exit(0 if judged.status == "validated" else 1)
@@ -249,69 +247,83 @@ def _check_files(pack_file: Path, keep_rollouts: Path | None) -> None:
         check_writable(file)
 
 
-def _labelled(
-    model: Any,
-    tokenizer: Any,
-    data: str,
-    split: str | None,
-    of_pocket: str,
-    subset: str | None,
-    prompt: str,
-    answer: str,
-    verifier: str,
-    questions: int,
-    rollouts: int,
-    max_new_tokens: int,
-    batch_size: int,
-    seed: int,
-    keep: Path | None,
-) -> Any:
-    """Rollouts from a file, or sampled on questions and labelled by a verifier."""
-    from pydantic import ValidationError
+@dataclass(frozen=True)
+class Sampling:
+    """The options by which rollouts are sampled and labelled, where ``--data`` does not hold them already."""
 
-    from mechreward import pocket, verifiers
-    from mechreward.errors import ConfigError, nearest
-    from mechreward.experiments.config import Source
-    from mechreward.experiments.data import load
-    from mechreward.rollout.labelled import holds_rollouts, read_rollouts, sample_rollouts, write_rollouts
-    from mechreward.schema import most_telling, sentence
+    verifier: str
+    split: str | None
+    subset: str | None
+    prompt: str
+    answer: str
+    questions: int
+    rollouts: int
+    max_new_tokens: int
+    batch_size: int
+    seed: int
+    keep: Path | None
 
-    if data.endswith(".jsonl") and holds_rollouts(Path(data)):
-        return read_rollouts(data, model, tokenizer)
-    if verifier not in verifiers.__all__:
-        raise ConfigError(f"There is no verifier '{verifier}'.{nearest(verifier, verifiers.__all__)}")
-    ours = pocket.resolve(data) == pocket.path()
-    try:
-        source = Source(
-            path=data,
-            subset=subset,
-            split=split or (of_pocket if ours else "train"),
-            rows=questions,
-            prompt=prompt,
-            answer=answer,
-        )
-    except ValidationError as error:
-        raise ConfigError(f"--data: {sentence(most_telling(error), Source, 'source')}") from None
-    asked = load([source])
-    with console.status(f"Sampling {len(asked) * rollouts} rollouts ..."):
-        found = sample_rollouts(
-            model,
-            tokenizer,
-            asked,
-            getattr(verifiers, verifier),
-            rollouts,
-            f"{len(asked) * rollouts} rollouts on {data} ({source.split}), seed {seed}, labelled by {verifier}",
-            seed,
-            batch_size,
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
-            max_new_tokens=max_new_tokens,
-        )
-    if keep is not None:
-        write_rollouts(found, keep)
-    return found
+    def labelled(self, model: Any, tokenizer: Any, data: str, of_pocket: str, used: Collection[str] = ()) -> Any:
+        """Rollouts from a file, or sampled on questions that were not used before, and labelled by the verifier."""
+        from mechreward import verifiers
+        from mechreward.errors import ConfigError, DataError, nearest
+        from mechreward.features.discover import digest
+        from mechreward.rollout.labelled import holds_rollouts, read_rollouts, sample_rollouts, write_rollouts
+
+        if data.endswith(".jsonl") and holds_rollouts(Path(data)):
+            return read_rollouts(data, model, tokenizer)
+        if self.verifier not in verifiers.__all__:
+            raise ConfigError(f"There is no verifier '{self.verifier}'.{nearest(self.verifier, verifiers.__all__)}")
+        found, split = self._questions(data, of_pocket, len(used))
+        fresh = [i for i, asked in enumerate(found["prompt"]) if digest(asked) not in used][: self.questions]
+        if len(fresh) < 2:
+            raise DataError(
+                f"Discovery has used the questions of {data} ({split}): gate on others, or another --split."
+            )
+        asked = found.select(fresh)
+        with console.status(f"Sampling {len(asked) * self.rollouts} rollouts ..."):
+            labelled = sample_rollouts(
+                model,
+                tokenizer,
+                asked,
+                getattr(verifiers, self.verifier),
+                self.rollouts,
+                f"{len(asked) * self.rollouts} rollouts on {data} ({split}), seed {self.seed}, by {self.verifier}",
+                self.seed,
+                self.batch_size,
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                repetition_penalty=1.0,  # as a training run samples, whatever the model's own settings are
+                max_new_tokens=self.max_new_tokens,
+            )
+        if self.keep is not None:
+            write_rollouts(labelled, self.keep)
+        return labelled
+
+    def _questions(self, data: str, of_pocket: str, more: int) -> tuple[Any, str]:
+        from pydantic import ValidationError
+
+        from mechreward import pocket
+        from mechreward.errors import ConfigError
+        from mechreward.experiments.config import Source
+        from mechreward.experiments.data import load
+        from mechreward.schema import most_telling, sentence
+
+        ours = pocket.resolve(data) == pocket.path()
+        try:
+            source = Source(
+                path=data,
+                subset=self.subset,
+                split=self.split or (of_pocket if ours else "train"),
+                rows=self.questions + more,
+                prompt=self.prompt,
+                answer=self.answer,
+            )
+        except ValidationError as error:
+            raise ConfigError(f"--data: {sentence(most_telling(error), Source, 'source')}") from None
+        return load([source]), source.split
 
 
 @contextmanager

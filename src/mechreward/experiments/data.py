@@ -34,9 +34,7 @@ def _load(source: Source) -> Dataset:
     for column in source.columns:
         if column not in rows.column_names:
             there, meant = ", ".join(rows.column_names), nearest(column, rows.column_names)
-            raise ConfigError(
-                f"{where} has no column '{column}', which the configuration names; it has {there}.{meant}"
-            )
+            raise ConfigError(f"{where} has no column '{column}', which is asked for; it has {there}.{meant}")
     if source.rows is not None:
         rows = rows.select(range(min(source.rows, len(rows))))
     if len(rows) == 0:

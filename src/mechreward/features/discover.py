@@ -476,10 +476,15 @@ def _told(blocks: Iterable[torch.Tensor], of: int, tell: Tell) -> Iterator[NDArr
 # On disk ------------------------------------------------------------------------------------------------------------
 
 
+def digest(text: str) -> str:
+    """What tells whether a question was used before, without keeping it."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def digests(rollouts: Labelled) -> list[str]:
-    """What tells whether a question was used before: a digest of each prompt, of the text where there is no prompt."""
+    """The digest of each prompt; of the completion where there is no prompt."""
     texts = (plain_text(p) or c for p, c in zip(rollouts.batch.prompts, rollouts.batch.texts, strict=True))
-    return sorted({hashlib.sha256(text.encode()).hexdigest()[:16] for text in texts})
+    return sorted({digest(text) for text in texts})
 
 
 def chance_file(pack_file: Path) -> Path:

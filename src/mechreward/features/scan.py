@@ -128,23 +128,20 @@ def permuted(
 ) -> NDArray[np.bool_]:
     """Permutations of the labels, ``[count, n]``.
 
-    Rollouts of one question are alike, so whole questions exchange their labels with others that have as many rollouts.
-    Contrasts have as many rollouts with the behaviour as every other question: there, labels are exchanged within.
+    Rollouts of one question are alike, so the labels of whole questions are dealt out in another order: one after the
+    other, so that questions of different sizes can exchange theirs, too. Contrasts have as many rollouts with the
+    behaviour as without in each question: there, labels are exchanged within.
     """
     if groups is None:
         return rng.permuted(np.broadcast_to(labels, (count, len(labels))), axis=1)
     _, which = np.unique(np.asarray(groups), return_inverse=True)
     members = [np.flatnonzero(which == g) for g in range(which.max() + 1)]
-    sizes = np.array([len(m) for m in members])
-    shares = np.array([labels[m].mean() for m in members])
-    within = bool((shares == shares[0]).all())
+    places = np.concatenate(members)
+    within = len({float(labels[m].mean()) for m in members}) == 1
     result = np.empty((count, len(labels)), dtype=bool)
-    for size in np.unique(sizes):
-        rows = np.stack([m for m in members if len(m) == size])  # [groups, size]
-        for draw in range(count):
-            result[draw, rows] = (
-                rng.permuted(labels[rows], axis=1) if within else labels[rows[rng.permutation(len(rows))]]
-            )
+    for row in result:
+        order = [rng.permutation(m) for m in members] if within else [members[g] for g in rng.permutation(len(members))]
+        row[places] = labels[np.concatenate(order)]
     return result
 
 

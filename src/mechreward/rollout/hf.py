@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from mechreward import pocket
@@ -214,7 +215,7 @@ def load_model(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         said = " ".join(str(error).split())
         raise ConfigError(
             f"The model {name} cannot be loaded ({type(error).__name__}: {said[:200]}): give a folder, an id of the "
@@ -234,13 +235,14 @@ def sample(
     repeated = [p for p in prompts for _ in range(num_generations)]
     ends, prompt_ids, completion_ids = end_tokens(model, tokenizer, generate.get("eos_token_id")), [], []
     for start in range(0, len(repeated), batch_size):
-        inputs = tokenizer(
-            repeated[start : start + batch_size], return_tensors="pt", padding=True, padding_side="left"
-        ).to(model.device)
-        output: Tensor = model.generate(**inputs, **generate)
-        width = inputs.input_ids.shape[1]
-        for row, mask in zip(output.tolist(), inputs.attention_mask.tolist(), strict=True):
-            prompt_ids.append([token for token, real in zip(row, mask, strict=False) if real])
+        asked = [list(ids) for ids in tokenizer(repeated[start : start + batch_size]).input_ids]
+        width = max(map(len, asked))
+        # Padded by hand: many base models' tokenizers have no token for it, and any will do where nothing is read.
+        ids = torch.tensor([[0] * (width - len(own)) + own for own in asked], device=model.device)
+        attention = torch.tensor([[0] * (width - len(own)) + [1] * len(own) for own in asked], device=model.device)
+        output: Tensor = model.generate(input_ids=ids, attention_mask=attention, **generate)
+        prompt_ids += asked
+        for row in output.tolist():
             completion = row[width:]
             end = next((t + 1 for t, token in enumerate(completion) if token in ends), len(completion))
             completion_ids.append(completion[:end])

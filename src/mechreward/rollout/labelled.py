@@ -62,8 +62,9 @@ class Labelled:
         return len(self.labels)
 
     def take(self, rows: Sequence[int] | NDArray) -> Labelled:
-        """Some of the rollouts."""
-        chosen = [int(row) for row in rows]
+        """Some of the rollouts, by their numbers or by a mask."""
+        given = np.asarray(rows)
+        chosen = (np.flatnonzero(given) if given.dtype == bool else given).astype(int).tolist()
         return replace(
             self,
             batch=self.batch.take(chosen),
