@@ -328,14 +328,9 @@ class Tokenizer:
     eos_token_id = EOS
 
     def __call__(self, texts, **_):
+        texts = [texts] if (alone := isinstance(texts, str)) else texts
         rows = [list(map(int, text.split())) for text in texts]
-        width = max(map(len, rows))
-        return transformers.BatchEncoding(
-            {
-                "input_ids": torch.tensor([[PAD] * (width - len(r)) + r for r in rows]),
-                "attention_mask": torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows]),
-            }
-        )
+        return transformers.BatchEncoding({"input_ids": rows[0] if alone else rows})
 
     def batch_decode(self, ids, **_):
         return [" ".join(map(str, row)) for row in ids]

@@ -99,7 +99,7 @@ def test_random_features_fail(held_out):
 def test_cue_words_fail_the_injection_test(tmp_path, held_out):
     pack = cue_verdict(tmp_path, held_out, seed=0)
     assert "token_injection" in failed(pack) and set(pack.evidence.injection.cues) & {"=", "."}
-    assert "auc" not in failed(pack)  # on the rollouts as they are, it does well
+    assert pack.evidence.auc.value > 0.65  # on the rollouts as they are, it tells something
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 import mechreward as mr
 from conftest import COMMON, GROUPED, LAYERS, LAYOUTS, VOCAB, WIDTH, assert_readings, build
 from mechreward.errors import ConfigError, DataError, ModelMismatchError, SAEError
+from mechreward.features.pack import read_pack
 from mechreward.pocket.questions import questions
 from mechreward.readout import HookPoint, Nonlinearity
 from mechreward.sae.handle import EncoderColumns, SAEHandle
@@ -540,6 +541,12 @@ class TestDocs:
         }
         table = re.search(r"<!-- figures -->\n(.*?)<!-- /figures -->", self.docs, re.DOTALL)[1]
         assert re.findall(r"^\| (.*?) \| (.*?) \|$", table, re.MULTILINE) == list(rows.items())
+
+    def test_the_verdict_is_the_packs(self):
+        pack = read_pack(ROOT / "experiments" / "results" / "smollm2-gate.json")
+        said = re.search(r"<!-- verdict -->\n```text\n(.*?)\n```", self.docs, re.DOTALL)[1].splitlines()
+        assert said == [f"{'passed' if t.passed else 'FAILED'}  {t.name}: {t.sentence}" for t in pack.evidence.verdict]
+        assert pack.status == "candidate" and f"On {pack.evidence.n} rollouts" in self.docs
 
     def test_the_command_is_the_runs(self):
         assert self.result["command"] in self.commands()

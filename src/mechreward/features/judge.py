@@ -88,6 +88,7 @@ def judge(
         if batch is not None:
             read, up = share(batch)
             formats[name] = FormatChange(auc=bootstrap(auc, read, few.labels, groups=few.groups, seed=seed), rise=up)
+    careful = np.array([way == "careful" for way in rollouts.ways or ()])
     evidence = gate(
         score,
         labels,
@@ -95,7 +96,7 @@ def judge(
         rollouts.batch.texts,
         np.array(rollouts.batch.lengths),
         rollouts.ways,
-        None if rollouts.ways is None else np.array([way == "careful" for way in rollouts.ways]),
+        careful if careful.any() else None,
         np.column_stack([_by_chance_figures(column, labels) for column in null.T]).T,
         aggregation=how,
         temperature=rollouts.temperature,
