@@ -127,9 +127,18 @@ class CompositeReward(Reward):
         )
 
     def guard(self, batch: RolloutBatch, readings: Mapping[Request, Readings]) -> RolloutBatch:
-        if self.guards is None:
-            return batch if batch.flags is not None else apply_guards([RepetitionDetector()], batch, readings)
-        return apply_guards(self.guards, batch, readings)
+        if self.guards is not None:
+            batch = apply_guards(self.guards, batch, readings)
+        elif batch.flags is None:
+            batch = apply_guards([RepetitionDetector()], batch, readings)
+        return self._guarded_by_parts(batch, readings)
+
+    def _guarded_by_parts(self, batch: RolloutBatch, readings: Mapping[Request, Readings]) -> RolloutBatch:
+        """What parts with a guard of their own say, such as a DualVerifier, however deep they are nested."""
+        for part in self.rewards:
+            nested = isinstance(part, CompositeReward)
+            batch = (part._guarded_by_parts if nested else part.guard)(batch, readings)
+        return batch
 
     def score(self, batch: RolloutBatch, readings: Mapping[Request, Readings], sense: float = 1.0) -> Scores:
         """Score every part, then combine."""
