@@ -72,7 +72,7 @@ def random_verdict(held_out, seed):
     alive = [922, 233, 762, 1222, 1248, 1905, 80, 1219]  # the reasoning pack's kind is left out
     ids = rng.choice([i for i in range(OWN) if i not in alive], size=20, replace=False)
     pack = pack_of(sae, ids, rng.choice([-1.0, 1.0], size=20), "pocket-res-canonical", "layer_2/width_2k/canonical")
-    return judge(pack, *pocket(), some(held_out, seed), seed=seed)
+    return judge(pack, *pocket(), some(held_out, seed, 50), seed=seed)
 
 
 def cue_verdict(tmp_path, held_out, seed):
@@ -103,7 +103,7 @@ def test_cue_words_fail_the_injection_test(tmp_path, held_out):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(2400)
+@pytest.mark.timeout(3600)
 def test_on_twenty_seeds(tmp_path, held_out, solutions):
     """A gate that rejects everything is none: planted features pass on at least 19 of 20 seeds, random ones on none."""
     verdicts = [planted_verdict(tmp_path, held_out, solutions, seed) for seed in range(20)]
