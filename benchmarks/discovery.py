@@ -31,7 +31,7 @@ from mechreward.rollout.labelled import Labelled, sample_rollouts
 from mechreward.sae.handle import EncoderColumns, SAEHandle
 
 WIDTHS = (1024, 4096, 16_384)
-QUESTIONS = (30, 120)
+QUESTIONS = (15, 60)
 RESULTS = Path(__file__).parent / "results"
 
 
