@@ -13,7 +13,6 @@ import json
 import multiprocessing
 import platform
 import random
-import resource
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -69,12 +68,19 @@ def seconds(model: Any, tokenizer: Any, found_in: Labelled, width: int) -> float
 
 
 def peak(questions: int, width: int, queue: Any) -> None:
-    """MiB that a discovery adds to the process's peak."""
+    """MiB that a discovery adds to the process at its peak (Linux alone tells)."""
     torch.set_num_threads(1)
     model, tokenizer, found_in = rollouts(questions)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew: sampling had a higher one
+    before = _resident("VmRSS")
     seconds(model, tokenizer, found_in, width)
-    queue.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    queue.put((_resident("VmHWM") - before) / 1024)
+
+
+def _resident(figure: str) -> int:
+    """A figure of this process's memory in KiB."""
+    status = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in status if line.startswith(f"{figure}:"))
 
 
 def measured(rounds: int) -> list[dict[str, Any]]:
