@@ -36,6 +36,10 @@ class ServiceError(MechRewardError):
     """A service on the network cannot be reached, refuses, or gives an answer that cannot be read."""
 
 
+class SandboxError(MechRewardError):
+    """Code that is not trusted cannot be run safely here."""
+
+
 class ConfigError(MechRewardError):
     """An option has an unknown name or an impossible value."""
 
