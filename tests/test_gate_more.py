@@ -253,3 +253,28 @@ def test_wrong_evidence_is_one_sentence(tmp_path, wrong, says):
 @pytest.mark.parametrize("name", shipped_packs())
 def test_shipped_packs_still_load(name):
     assert load_pack(name).name == name
+
+
+def test_the_thresholds_of_the_documentation_are_the_gates():
+    from pathlib import Path
+
+    from mechreward.features import gate as g
+
+    lines = (Path(__file__).parents[1] / "docs" / "finding_features.md").read_text().splitlines()
+    said = {line.split("`")[1]: line for line in lines if line.startswith("| `")}
+    thresholds = {
+        "auc": [g.AUC_LOW],
+        "spearman": [g.SPEARMAN_LOW],
+        "length_controlled": [g.LENGTH_LOW],
+        "auc_within_careful": [g.CAREFUL_LOW],
+        "token_injection": [g.RISE_HIGH],
+        "format": [g.FORMAT_DROP, g.RISE_HIGH],
+        "on_policy": [g.SURPRISE],
+    }
+    for name, values in thresholds.items():
+        assert all(f"{value:.2f}" in said[name] for value in values), name
+    assert (
+        f"1 in {round(1 / g.P_BELOW)}" in said["permutation"]
+        and g.GAIN_LOW == 0
+        and "improves" in said["gain_over_surface"]
+    )

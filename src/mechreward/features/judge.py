@@ -45,8 +45,8 @@ def judge(
         model: The model that it reads.
         tokenizer: Its tokenizer.
         rollouts: Labelled, of questions that discovery never saw, sampled at temperature 1.
-        chance: What discovery would have selected by chance. Without it, selections are made of random latents that
-            fire as often and count alike, which are easier to beat.
+        chance: What discovery would have selected by chance. Without it, random latents that fire and count alike take
+            the place of selections, which are easier to beat.
         seed: Of everything random.
 
     Raises:
