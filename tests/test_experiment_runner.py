@@ -467,7 +467,7 @@ def script(monkeypatch):
 def runs(monkeypatch):
     """The runs that would have been made."""
     made = []
-    monkeypatch.setattr(runner, "run", lambda config, arm, seed: made.append((arm, seed)))
+    monkeypatch.setattr(runner, "run", lambda config, arm, seed, **_: made.append((arm, seed)))
     return made
 
 
@@ -523,7 +523,7 @@ class TestScripts:
         assert "cannot be read" in error_of(caught)
 
     def test_an_interruption_says_how_to_go_on(self, script, monkeypatch):
-        def interrupted(*_):
+        def interrupted(*_, **__):
             raise KeyboardInterrupt
 
         monkeypatch.setattr(runner, "run", interrupted)

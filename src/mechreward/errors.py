@@ -62,3 +62,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """`` Did you mean 'x'?`` for the known name closest to a mistyped one, or nothing."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f" Did you mean '{close[0]}'?" if close else ""
+
+
+class DetectorWarning(UserWarning):
+    """A detector raised, or was never calibrated, and is out: training goes on with one guard less."""

@@ -8,7 +8,7 @@ the model's dtype, in chunks, so that no ``[tokens, d_model]`` or ``[tokens, d_s
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -155,6 +155,8 @@ class Readout:
         model_name: The model that it was made for, as far as known (checked before training).
         aggregation: From values per token to one per rollout, as it was trained (probes); what FeatureReward uses
             unless told otherwise. ``"attention"``: the columns are a score and a value.
+        summary: Makes the K columns of the P activations where they are no selection: (x ``[N, d_model]``, activations
+            ``[N, P]``) -> ``[N, K]``, e.g. a reconstruction error.
     """
 
     name: str
@@ -167,10 +169,13 @@ class Readout:
     keep: Tensor | None = None
     model_name: str | None = None
     aggregation: str = "mean"
+    summary: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def __post_init__(self):
         products = self.weight.shape[1]
         columns = products if self.keep is None else len(self.keep)
+        if self.summary is not None:
+            columns = len(self.labels)
         vectors = {"bias": self.bias, **self.nonlinearity.parameters}
         if len(self.labels) != columns or any(vector.shape != (products,) for vector in vectors.values()):
             shapes = ", ".join(f"{part} {tuple(vector.shape)}" for part, vector in vectors.items())
@@ -267,10 +272,16 @@ class ReadoutBank:
 
     TopK encoders need every pre-activation of a token to know the k-th largest; readouts that share such a dictionary
     share its product.
+
+    Args:
+        readouts: What to read.
+        apart: Those of them that get a product of their own. The last bits of a product depend on how many columns it
+            has, so that what is only watched would otherwise move what is rewarded.
     """
 
-    def __init__(self, readouts: Sequence[Readout]):
+    def __init__(self, readouts: Sequence[Readout], apart: Collection[Readout] = ()):
         self.readouts = list(dict.fromkeys(readouts))
+        self._apart = frozenset(apart)
         self.columns: dict[Readout, slice] = {}
         for readout in self.readouts:
             start = sum(r.width for r in self.columns)
@@ -291,8 +302,9 @@ class ReadoutBank:
         groups: dict[tuple, list[Readout]] = {}
         for r in self.readouts:
             t = r.transform
-            dictionary = None if r.nonlinearity.sliceable else id(r.weight)
-            key = (r.hook_point, t.norm, t.scale, t.center, id(t.shift), dictionary)
+            # A whole dictionary is as wide for all who share it.
+            dictionary = r in self._apart if r.nonlinearity.sliceable else id(r.weight)
+            key = (r.hook_point, t.norm, t.scale, t.center, id(t.shift), r.nonlinearity.sliceable, dictionary)
             groups.setdefault(key, []).append(r)
         return groups.values()
 
@@ -317,6 +329,8 @@ class ReadoutBank:
                     z = torch.addmm(fused.bias, fused.transform(chunk), fused.weight)
                     for part in fused.parts:
                         values = part.nonlinearity(z[:, part.where])
+                        if part.readout.summary is not None:
+                            values = part.readout.summary(chunk, values)
                         out[start:stop, self.columns[part.readout]] = (
                             values if part.keep is None else values[:, part.keep]
                         )

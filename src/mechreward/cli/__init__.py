@@ -1,4 +1,4 @@
-"""The command line: ``mechreward packs``, ``discover``, ``gate``, ``features``, ``probe``."""
+"""The command line: ``mechreward packs``, ``discover``, ``gate``, ``features``, ``probe``, ``redteam``."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from mechreward.cli.features import features
 from mechreward.cli.find import discover, gate
 from mechreward.cli.packs import packs
 from mechreward.cli.probe import probe
+from mechreward.cli.redteam import redteam
 from mechreward.errors import MechRewardError
 
 
@@ -30,6 +31,7 @@ class OneSentence(TyperGroup):
 app = typer.Typer(cls=OneSentence, no_args_is_help=True, pretty_exceptions_enable=False)
 app.command()(discover)
 app.command()(gate)
+app.command()(redteam)
 app.add_typer(packs, name="packs")
 app.add_typer(features, name="features")
 app.add_typer(probe, name="probe")

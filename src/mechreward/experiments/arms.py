@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ from mechreward.features.catalog import load_pack
 from mechreward.features.discover import select
 from mechreward.features.frozen import check_sae, frozen_readout
 from mechreward.features.pack import FeaturePack, PackFeature
+from mechreward.hacking.detectors import Guard
+from mechreward.hacking.monitor import Monitor
 from mechreward.readout import Readings, Readout, Request, direction, residual
 from mechreward.reward.aggregation import aggregation
 from mechreward.reward.base import Reward, Scores
@@ -39,6 +41,32 @@ from mechreward.sae.registry import load_sae
 
 NEIGHBOURS = 20
 """A random control is drawn from this many latents whose firing rates are nearest to the feature's."""
+
+
+ROLLOUTS = "rollouts.jsonl"
+"""In a run's folder: what was written in training, where an experiment keeps it."""
+
+
+@dataclass(frozen=True)
+class Outfit:
+    """What a run is trained with.
+
+    Attributes:
+        reward: What is rewarded.
+        guards: What may lower it; None for the trainer's default.
+        monitors: What is logged besides.
+        beta: KL coefficient in place of the configuration's.
+    """
+
+    reward: Reward
+    guards: Sequence[Guard] | None = None
+    monitors: Sequence[Reward | Monitor] = ()
+    beta: float | None = None
+
+
+def outfit(config: ExperimentConfig, arm: str, seed: int, folder: Path) -> Outfit:
+    """An arm's reward, and no more."""
+    return Outfit(build(config, config.arms[arm], seed))
 
 
 @dataclass(frozen=True)

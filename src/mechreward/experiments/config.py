@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 from string import Formatter
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -248,7 +248,10 @@ class ExperimentConfig(Strict):
         }
 
 
-def read_config(path: str | Path) -> ExperimentConfig:
+C = TypeVar("C", bound=ExperimentConfig)
+
+
+def read_config(path: str | Path, schema: type[C] = ExperimentConfig) -> C:
     """Read an experiment's YAML file.
 
     Raises:
@@ -268,10 +271,10 @@ def read_config(path: str | Path) -> ExperimentConfig:
         raise ConfigError(f"{path} holds no keys: an experiment's configuration begins with `output: ...`.")
     lines = _lines(root, path)
     try:
-        return ExperimentConfig.model_validate(raw)
+        return schema.model_validate(raw)
     except ValidationError as error:
         first = most_telling(error)
-        says = sentence(first, ExperimentConfig, "configuration")
+        says = sentence(first, schema, "configuration")
         raise ConfigError(f"{path}, line {_line(lines, first['loc'])}: {says}") from None
 
 

@@ -66,7 +66,7 @@ def read_runs(output: str | Path) -> tuple[dict[str, list[Run]], dict[str, Any]]
         first, reward = rewards.setdefault(folder.parent.name, (folder, config["arm"]))
         if config["arm"] != reward:
             raise ConfigError(f"{folder} and {first} are not one arm: their config.yaml reward differently.")
-        found.setdefault(folder.parent.name, []).append(_read_run(folder, config["seed"]))
+        found.setdefault(folder.parent.name, []).append(read_run(folder, config["seed"]))
     if not found:
         raise ConfigError(f"{output} holds no finished run: run an experiment of experiments/ first.")
     (first, budget), *others = budgets.items()
@@ -76,7 +76,8 @@ def read_runs(output: str | Path) -> tuple[dict[str, list[Run]], dict[str, Any]]
     return {arm: sorted(runs, key=lambda run: run.seed) for arm, runs in found.items()}, budget
 
 
-def _read_run(folder: Path, seed: int) -> Run:
+def read_run(folder: Path, seed: int) -> Run:
+    """A finished run's folder."""
     figures = read_jsonl(folder / "evaluations.jsonl")
     steps = [int(f["step"]) for f in figures]
     by_step: dict[int, list[dict[str, Any]]] = {step: [] for step in steps}

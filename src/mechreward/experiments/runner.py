@@ -40,13 +40,22 @@ from mechreward.reward.feature_reward import FeatureReward
 from mechreward.rollout.hf import HFSource, sample
 from mechreward.schema import shown
 
+Outfitter = Callable[[Any, str, int, Path], arms.Outfit]
+"""(configuration, arm, seed, folder) -> what the run is trained with."""
+
 PACKAGES = ("mechreward", "torch", "transformers", "trl", "accelerate", "datasets", "peft", "math-verify")
 
 
 # -- one run ----------------------------------------------------------------------------------------------------------
 
 
-def run(config: ExperimentConfig, arm: str, seed: int, tell: Callable[[str], None] = print) -> Path:
+def run(
+    config: ExperimentConfig,
+    arm: str,
+    seed: int,
+    tell: Callable[[str], None] = print,
+    outfit: Outfitter = arms.outfit,
+) -> Path:
     """Train one arm with one seed, or go on where it was interrupted; a finished run is left as it is.
 
     Args:
@@ -54,6 +63,7 @@ def run(config: ExperimentConfig, arm: str, seed: int, tell: Callable[[str], Non
         arm: Name of one of its arms.
         seed: Decides the order of questions and the sampling.
         tell: Called with a line at each evaluation.
+        outfit: What the arm is trained with.
 
     Returns:
         The run's folder.
@@ -76,14 +86,15 @@ def run(config: ExperimentConfig, arm: str, seed: int, tell: Callable[[str], Non
     torch.manual_seed(seed)
     questions, test = data.load(config.data.train), test_questions(config, seed)
     _check_data(config, questions, test)
-    watched, reward = arms.watched(config), arms.build(config, config.arms[arm], seed)
+    watched, fitted = arms.watched(config), outfit(config, arm, seed, folder)
     claim(folder, decides)  # only now: what can't be loaded leaves no folder behind
     trainer = MechRewardGRPOTrainer(
         model=pocket.resolve(config.model),
-        args=_trl_config(config, arm, seed, folder),
+        args=_trl_config(config, arm, seed, folder, fitted.beta),
         train_dataset=questions,
-        reward_funcs=reward,
-        monitors=watched,
+        reward_funcs=fitted.reward,
+        guards=fitted.guards,
+        monitors=[*watched, *fitted.monitors],
         peft_config=_lora(config),
     )
     trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
@@ -157,7 +168,9 @@ def _first_difference(old: Any, new: Any, key: str = "") -> tuple[str, Any, Any]
     return key, old, new
 
 
-def _trl_config(config: ExperimentConfig, arm: str, seed: int, folder: Path) -> MechRewardGRPOConfig:
+def _trl_config(
+    config: ExperimentConfig, arm: str, seed: int, folder: Path, beta: float | None
+) -> MechRewardGRPOConfig:
     t = config.training
     return MechRewardGRPOConfig(
         output_dir=str(folder),
@@ -170,7 +183,7 @@ def _trl_config(config: ExperimentConfig, arm: str, seed: int, folder: Path) -> 
         learning_rate=t.learning_rate,
         lr_scheduler_type=t.lr_scheduler_type,
         warmup_steps=t.warmup_steps,
-        beta=t.beta,
+        beta=t.beta if beta is None else beta,
         temperature=t.temperature,
         gradient_checkpointing=t.gradient_checkpointing,
         bf16=t.bf16,
@@ -211,7 +224,7 @@ def _step_of(checkpoint: Path) -> int:
 
 def _forget_after(folder: Path, step: int) -> None:
     """Drop what was recorded after a step: it is about to be computed again."""
-    for name in ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl"):
+    for name in ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl", arms.ROLLOUTS):
         file = folder / name
         if not file.exists():
             continue
@@ -393,12 +406,21 @@ def _mean(values: Sequence[float]) -> float:
 # -- an experiment ----------------------------------------------------------------------------------------------------
 
 
-def main(about: str, fits: Callable[[ExperimentConfig], str | None]) -> None:
-    """The command line of ``experiments/01`` to ``03``.
+def main(
+    about: str,
+    fits: Callable[[Any], str | None],
+    schema: type[ExperimentConfig] = ExperimentConfig,
+    outfit: Outfitter = arms.outfit,
+    afterwards: str = "Compare them: python experiments/compare.py",
+) -> None:
+    """The command line of an experiment that trains.
 
     Args:
         about: The script's docstring.
         fits: What is wrong with a configuration for this experiment, in words, or None.
+        schema: Of its configuration.
+        outfit: What an arm is trained with.
+        afterwards: What to do with the runs; their folder follows.
     """
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, type=Path, help="the experiment's YAML file")
@@ -420,7 +442,7 @@ def main(about: str, fits: Callable[[ExperimentConfig], str | None]) -> None:
     try:
         if options.jobs < 1:
             raise ConfigError(f"--jobs {options.jobs} is not possible: give the number of runs at a time, 1 or more.")
-        config = read_config(options.config)
+        config = read_config(options.config, schema)
         if (wrong := fits(config)) is not None:
             raise ConfigError(f"{options.config}: {wrong}")
         grid = chosen_runs(config, options.arm, options.seed)
@@ -429,7 +451,7 @@ def main(about: str, fits: Callable[[ExperimentConfig], str | None]) -> None:
                 print(f"{pack.name} is a candidate pack: {pack.status_reason}")
         if options.jobs == 1 or len(grid) == 1:
             for arm, seed in grid:
-                run(config, arm, seed)
+                run(config, arm, seed, outfit=outfit)
                 gc.collect()  # a trainer and its model hold each other; on a GPU the next would not fit beside them
                 torch.cuda.empty_cache()
         else:
@@ -440,7 +462,7 @@ def main(about: str, fits: Callable[[ExperimentConfig], str | None]) -> None:
         sys.exit(f"Error: {error}")
     except KeyboardInterrupt:
         sys.exit("\nInterrupted. The same command goes on from the last checkpoint.")
-    print(f"Runs: {Path(config.output).resolve()}. Compare them: python experiments/compare.py {config.output}")
+    print(f"Runs: {Path(config.output).resolve()}. {afterwards} {config.output}")
 
 
 def chosen_runs(config: ExperimentConfig, only: list[str] | None, seeds: list[int] | None) -> list[tuple[str, int]]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -53,6 +53,74 @@ def apply_guards(guards: Sequence[Guard], batch: RolloutBatch, readings: Mapping
     return batch
 
 
+def attach(guards: Sequence[Guard], rewards: Sequence[Any]) -> None:
+    """Tell guards that want to know which rewards they guard."""
+    for guard in guards:
+        if hasattr(guard, "attach"):
+            guard.attach(rewards)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def guards_state(guards: Sequence[Guard]) -> dict[str, Any]:
+    """What the guards have learned, by their class (JSON)."""
+    return {name: guard.state_dict() for name, guard in _that_learn(guards)}
+
+
+def load_guards_state(guards: Sequence[Guard], states: Mapping[str, Any]) -> None:
+    """Go on from there."""
+    for name, guard in _that_learn(guards):
+        if name in states:
+            guard.load_state_dict(states[name])
+
+
+def _that_learn(guards: Sequence[Guard]) -> Iterator[tuple[str, Any]]:
+    """Those with a state, by their class; the second of a class is ``Class_2``."""
+    seen: Counter[str] = Counter()
+    for guard in guards:
+        if hasattr(guard, "state_dict"):
+            kind = type(guard).__name__
+            seen[kind] += 1
+            yield kind if seen[kind] == 1 else f"{kind}_{seen[kind]}", guard
+
+
+def all_within(rewards: Sequence[Any]) -> Iterator[Any]:
+    """Rewards, and those that they are made of, however deep they are nested."""
+    for reward in rewards:
+        yield reward
+        yield from all_within(getattr(reward, "rewards", ()))  # a composite, a OneSidedPenalty
+        if hasattr(reward, "feature_reward"):  # a DualVerifier
+            yield from all_within([reward.feature_reward])
+
+
+def guards_of(rewards: Sequence[Any]) -> Iterator[Guard]:
+    """The guards that rewards bring along."""
+    for reward in all_within(rewards):
+        yield from getattr(reward, "guards", None) or ()
+        if hasattr(reward, "disagreement"):
+            yield reward.disagreement
+
+
+def flag_rates(flags: Sequence[Sequence[str]], guards: Sequence[Guard] = ()) -> dict[str, float]:
+    """For the logs: the share of rollouts that are flagged, and by which detector, and 1 for each that is disabled.
+
+    Trainers average a metric over the steps in which it was logged: of the ``guards``' detectors, zeros are said, too.
+
+    Args:
+        flags: Each begins with its detector's name.
+        guards: Which may have given them.
+    """
+    rows = [{said.split(":")[0] for said in row} for row in flags]
+    rates = {"flagged": sum(map(bool, rows)) / max(len(rows), 1)}
+    for name in sorted({name for guard in guards for name in getattr(guard, "names", ())}.union(*rows)):
+        rates[f"flagged/{name}"] = sum(name in row for row in rows) / max(len(rows), 1)
+    return rates | {f"disabled/{name}": 1.0 for guard in guards for name in getattr(guard, "disabled", ())}
+
+
+def repeated_ngrams(ids: Sequence[int], n: int) -> float:
+    """The share of a text's n-grams that have occurred before in it, 0 to nearly 1: 1 - distinct / total."""
+    grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
 class RepetitionDetector:
     """Flags completions that say the same thing over and over.
 
@@ -70,6 +138,8 @@ class RepetitionDetector:
     Raises:
         ConfigError: An unknown action, or a number that makes no sense.
     """
+
+    names = ("repetition",)
 
     def __init__(
         self,
@@ -92,9 +162,7 @@ class RepetitionDetector:
 
     def repetition(self, ids: Sequence[int]) -> float:
         """seq-rep-n of one completion, 0 (nothing repeated) to nearly 1."""
-        grams = Counter(tuple(ids[i : i + self.n]) for i in range(len(ids) - self.n + 1))
-        total = sum(grams.values())
-        return 0.0 if total < self.min_ngrams else 1 - len(grams) / total
+        return 0.0 if len(ids) - self.n + 1 < self.min_ngrams else repeated_ngrams(ids, self.n)
 
     def __call__(self, batch: RolloutBatch, readings: Mapping[Request, Readings]) -> Verdict:
         scores = [

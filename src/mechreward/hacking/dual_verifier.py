@@ -45,6 +45,8 @@ class Disagreement:
         ConfigError: Something is not calibrated, or an option makes no sense.
     """
 
+    names = ("dual verifier",)
+
     def __init__(
         self,
         feature_reward: FeatureReward,

@@ -5,7 +5,9 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+import math
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
@@ -14,11 +16,32 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import TrainerCallback
 
 from mechreward import pocket
 from mechreward.errors import ConfigError, MechRewardError, MissingExtraError, RewardError, nearest
-from mechreward.hacking.detectors import Guard, RepetitionDetector, apply_guards
-from mechreward.readout import Readings, ReadoutBank, Request
+from mechreward.hacking.detectors import (
+    Guard,
+    RepetitionDetector,
+    all_within,
+    apply_guards,
+    attach,
+    flag_rates,
+    guards_of,
+    guards_state,
+    load_guards_state,
+)
+from mechreward.hacking.monitor import (
+    Monitor,
+    Observation,
+    Report,
+    measured,
+    rewarded_columns,
+    show,
+    untouched_randomness,
+)
+from mechreward.hacking.regularization import adapted, check_options, scheduled
+from mechreward.readout import Readings, Readout, ReadoutBank, Request
 from mechreward.reward.base import Dense, Reward, Scores
 from mechreward.reward.composition import warn_if_weight_cancels
 from mechreward.reward.normalization import dense_zscore
@@ -44,7 +67,10 @@ except ModuleNotFoundError as error:
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "mechreward.json"
-"""In each checkpoint: the rewards' running statistics."""
+"""In each checkpoint: running statistics of rewards and monitors, alarms, and the KL coefficient."""
+
+LOSS_METRICS = ("kl", "entropy")
+"""What TRL measures in each micro-batch of the loss, over all processes: nats a token."""
 
 
 @dataclass
@@ -53,11 +79,31 @@ class MechRewardGRPOConfig(GRPOConfig):
 
     Attributes:
         beta: KL coefficient. TRL's own default is 0; a feature reward without KL is gamed within tens of steps.
+        beta_end: Where beta ends, in a straight line over training. Positive, since without a reference model there is
+            no KL.
+        kl_target: What the KL should be, in nats a token as TRL logs it (``kl``); after each step, beta moves by up to
+            2 % towards it (Ziegler et al. 2019, arXiv 1909.08593). See ``hacking/regularization.py``.
+        entropy_floor: Mean token entropy, in nats, below which TRL adds an entropy bonus: short for
+            ``use_adaptive_entropy=True, entropy_target=entropy_floor`` (Skywork-OR1, arXiv 2505.22312). Its
+            coefficient starts at ``entropy_coef`` and moves by ``entropy_coef_delta`` a step. Look at the logged
+            ``entropy`` early in training to choose a floor.
         repetition_guard: Run the repetition detector when the trainer is given no guards.
+
+    Raises:
+        ConfigError: A coefficient, target or floor that cannot be.
     """
 
     beta: float = field(default=0.04, metadata={"help": "KL coefficient."})
+    beta_end: float | None = field(default=None, metadata={"help": "KL coefficient at the end of training."})
+    kl_target: float | None = field(default=None, metadata={"help": "KL, nats a token, that beta adapts to."})
+    entropy_floor: float | None = field(default=None, metadata={"help": "Entropy, nats a token, to keep above."})
     repetition_guard: bool = field(default=True, metadata={"help": "Run the repetition detector by default."})
+
+    def __post_init__(self):
+        check_options(self)
+        if self.entropy_floor is not None:
+            self.use_adaptive_entropy, self.entropy_target = True, self.entropy_floor
+        super().__post_init__()
 
 
 def _naming_unknown_options(init):
@@ -101,9 +147,17 @@ class MechRewardGRPOTrainer(GRPOTrainer):
         model, reward_funcs, args, ...: As for `trl.GRPOTrainer`; ``"mechreward/pocket"`` is the shipped model. Without
             ``args``, a :class:`MechRewardGRPOConfig`.
         guards: What may lower feature rewards; by default the repetition detector.
-        monitors: Rewards that are computed and logged (``monitor/...``) and never enter the reward.
+        monitors: What is computed and logged (``monitor/...``) and never enters the reward: plain rewards, and the
+            monitors of `mechreward.hacking`. One that raises is disabled with a warning; training goes on.
+        stop_on: For an alarm's name, such as ``"proxy_gold_gap/grown"``, at how many checks in a row it must ring to
+            end training: after the step under way, with a checkpoint, and with ``stopped_because`` saying why.
+
+    Attributes:
+        taps: Which pass serves which readings.
+        stopped_because: One sentence, where an alarm has ended training.
 
     Raises:
+        ConfigError: Monitors of one name, or ``stop_on`` an alarm that no monitor raises.
         ModelMismatchError: An SAE or probe was made for another model.
         RewardError: Per-token rewards with sequence-level importance sampling; a moving reference.
     """
@@ -115,7 +169,8 @@ class MechRewardGRPOTrainer(GRPOTrainer):
         args: GRPOConfig | None = None,
         *positional: Any,
         guards: Sequence[Guard] | None = None,
-        monitors: Sequence[Reward] = (),
+        monitors: Sequence[Reward | Monitor] = (),
+        stop_on: Mapping[str, int] | None = None,
         **kwargs: Any,
     ):
         model = pocket.resolve(model) if isinstance(model, str) else model
@@ -125,6 +180,12 @@ class MechRewardGRPOTrainer(GRPOTrainer):
         if guards is None:
             guards = [RepetitionDetector()] if getattr(args, "repetition_guard", True) else []
         self.guards, self.monitors = list(guards), list(monitors)
+        self.stop_on = dict(stop_on or {})
+        _check_monitors(self.monitors, self.stop_on)
+        self.stopped_because: str | None = None
+        self._ringing: dict[str, int] = {}  # alarm -> checks in a row
+        self._disabled: set[str] = set()
+        self._last_losses: dict[str, float] = {}
         self.taps: dict[str, str] = {}
         self.hook_seconds = 0.0
         self._step_state = _Step()
@@ -132,8 +193,10 @@ class MechRewardGRPOTrainer(GRPOTrainer):
         came_with_adapter = hasattr(model, "peft_config")
         super().__init__(model, reward_funcs, args, *positional, **kwargs)
         self.rollout_source = _TappedSource(self)
-        self._banks = group_requests(self._requests())
+        attach(self.guards, self.reward_funcs)
+        self._banks = group_requests(self._requests(), self._watched_alone())
         self._check(came_with_adapter)
+        self.add_callback(_BetweenSteps(self))
         self._policy_tap = self._install(self.model, "policy")
         self._reference_tap = self._install(self.ref_model, "reference") if self.ref_model is not None else None
 
@@ -149,8 +212,15 @@ class MechRewardGRPOTrainer(GRPOTrainer):
     # -- what is to be read -------------------------------------------------------------------------------------------
 
     def _requests(self) -> list[Request]:
-        parts = [*self.reward_funcs, *self.guards, *self.monitors]
-        return list(dict.fromkeys(request for part in parts for request in getattr(part, "requests", ())))
+        return list(dict.fromkeys([*self._rewarded(), *_requests_of(self.monitors)]))
+
+    def _rewarded(self) -> list[Request]:
+        """What rewards and guards ask for."""
+        return _requests_of([*self.reward_funcs, *self.guards])
+
+    def _watched_alone(self) -> set[Readout]:
+        rewarded = {request.readout for request in self._rewarded()}
+        return {request.readout for request in self._requests()} - rewarded
 
     def _check(self, came_with_adapter: bool) -> None:
         """Refuse what cannot work before anything is trained."""
@@ -163,7 +233,7 @@ class MechRewardGRPOTrainer(GRPOTrainer):
                     'reads="reference" needs the adapter that the model came with, which TRL keeps only where '
                     "beta > 0: set beta."
                 )
-        dense = any("per_token" in str(getattr(r, "aggregation", "")) for r in _all_rewards(self.reward_funcs))
+        dense = any("per_token" in str(getattr(r, "aggregation", "")) for r in all_within(self.reward_funcs))
         if dense and self.importance_sampling_level == "sequence":
             raise RewardError(
                 'aggregation="per_token" gives each token its own advantage, which '
@@ -175,10 +245,26 @@ class MechRewardGRPOTrainer(GRPOTrainer):
                     f"reward_weights gives '{name}' {weight:g}: guards must know the sign of a feature reward, so put "
                     "a negative weight into a CompositeReward."
                 )
+        guards = [*self.guards, *guards_of(self.reward_funcs)]
+        for guard in guards:
+            if hasattr(guard, "state_dict") and sum(other is guard for other in guards) > 1:
+                raise ConfigError(
+                    f"The same {type(guard).__name__} guards twice, and would learn from every rollout twice: give it "
+                    "to the trainer, or to one CompositeReward."
+                )
         if self.beta == 0 and self._banks:
             logger.warning("beta=0: nothing keeps the policy near its start, and feature rewards are easy to game.")
         for reward in self.reward_funcs:
             warn_if_weight_cancels(reward, self.scale_rewards)
+        rewarded = [request.readout for request in _requests_of(self.reward_funcs)]
+        for monitor in self.monitors:
+            for readout in getattr(monitor, "held_out", ()):
+                if shared := rewarded_columns(readout, rewarded):
+                    warnings.warn(
+                        f"'{_name(monitor)}' holds '{readout.name}' out, but {shared} of its {readout.width} columns "
+                        "are rewarded too: what it finds is no longer independent.",
+                        stacklevel=3,
+                    )
 
     def _install(self, model: Any, reads: str) -> ResidualTap | None:
         """Hooks for later windows, put in place now: before anything is compiled."""
@@ -331,7 +417,9 @@ class MechRewardGRPOTrainer(GRPOTrainer):
     def readings(self, batch: RolloutBatch, requests: Sequence[Request]) -> Mapping[Request, Readings]:
         """What the taps have read; what they have not is read now, by one truncated forward for each model."""
         read = self._step_state.read
-        for (reads, read_last), bank in group_requests([r for r in requests if r not in read]).items():
+        for (reads, read_last), bank in group_requests(
+            [r for r in requests if r not in read], self._watched_alone()
+        ).items():
             if {"image", "images"} & set(batch.columns):
                 raise RewardError(
                     f"Readings of the {reads} need a forward pass of our own here, which cannot show the model its "
@@ -355,7 +443,9 @@ class MechRewardGRPOTrainer(GRPOTrainer):
         assert step.batch is not None  # set by _generate
         batch = replace(step.batch, prompts=prompts, completions=completions, columns=columns)
         # All models are read here, in one pass each, before the first reward asks.
-        readings = self.readings(batch, [Request(r, *key) for key, bank in self._banks.items() for r in bank.readouts])  # pyright: ignore
+        wanted = [Request(r, *key) for key, bank in self._banks.items() for r in bank.readouts]  # pyright: ignore
+        with untouched_randomness():  # monitors may have a reference model loaded
+            readings = self.readings(batch, wanted)
         clean = batch.guarded(torch.ones(len(batch)), torch.zeros(len(batch), dtype=torch.bool), [[] for _ in prompts])
         began = time.perf_counter()
         step.batch = apply_guards(self.guards, clean, readings)
@@ -363,7 +453,7 @@ class MechRewardGRPOTrainer(GRPOTrainer):
         step.dropped = step.batch.dropped
         with self._naming_the_reward():
             rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        self._run_monitors(step.batch, readings)
+        self._run_monitors(step.batch, readings, rewards)
         self._log_step(step.batch)
         if step.dropped is not None:
             everyone = self.accelerator.gather(step.dropped.to(rewards.device))
@@ -392,19 +482,87 @@ class MechRewardGRPOTrainer(GRPOTrainer):
             self._save_checkpoint(self.model, trial=None)
             logger.error("Saved the state before the failed step in %s.", folder)
 
-    def _run_monitors(self, batch: RolloutBatch, readings: Mapping[Request, Readings]) -> None:
+    def _run_monitors(self, batch: RolloutBatch, readings: Mapping[Request, Readings], rewards: Tensor) -> None:
+        """Show the step to every monitor, now that its rewards are known.
+
+        Args:
+            batch: The guarded batch.
+            readings: All of the step's.
+            rewards: ``[B x processes, reward functions]``, NaN where there is none.
+        """
+        if not self.monitors:
+            return
         began = time.perf_counter()
-        for monitor in self.monitors:
-            scores = monitor.score(replace(batch, trust=None), readings)
-            values = scores.parts.get("raw", scores.values)
-            if not values.isnan().all():
-                self._log_metric(f"monitor/{monitor.__name__}", float(values.nanmean()))
-            self._log_completion_extra(f"monitor/{monitor.__name__}", values.tolist())
+        total = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
+        total = total.masked_fill(rewards.isnan().all(dim=1), torch.nan)
+        asked = {request: readings[request] for request in _requests_of(self.monitors)}
+        seen = show(self.state.global_step, batch, asked, batch.local(total), self._rewarded())
+        with untouched_randomness(), torch.no_grad():
+            for monitor in self.monitors:
+                if _name(monitor) in self._disabled:
+                    self._log_metric(f"monitor/{_name(monitor)}/disabled", 1.0)
+                elif isinstance(monitor, Reward) or batch.training:
+                    self._run_monitor(monitor, seen)
         self.hook_seconds += time.perf_counter() - began
+
+    def _run_monitor(self, monitor: Reward | Monitor, seen: Observation) -> None:
+        """Measure here, judge everywhere; an error disables the monitor, in all processes alike."""
+        rows, error = {}, None
+        try:
+            rows = measured(monitor, seen)
+        except Exception as raised:
+            error = raised
+        if seen.batch.gather(torch.tensor([float(error is not None)])).any():
+            self._disable(monitor, error)
+        elif isinstance(monitor, Reward):
+            values = rows[""]
+            if not values.isnan().all():
+                self._log_metric(f"monitor/{_name(monitor)}", float(values.nanmean()))
+            self._log_completion_extra(f"monitor/{_name(monitor)}", values.tolist())
+        else:
+            everyone = {name: seen.batch.grouped(rows[name].cpu().float()).double().numpy() for name in sorted(rows)}
+            try:
+                report = monitor.judge(everyone, dict(self._last_losses))
+                if report is not None:
+                    self._take(monitor, report)
+            except Exception as raised:
+                self._disable(monitor, raised)
+
+    def _take(self, monitor: Monitor, report: Report) -> None:
+        """Log a monitor's figures, and count for how many checks in a row its alarms have rung."""
+        for name, value in report.metrics.items():
+            if not math.isnan(value):
+                self._log_metric(f"monitor/{monitor.name}/{name}", value)
+        for alarm in monitor.alarms:
+            said = report.alarms.get(alarm)
+            self._log_metric(f"monitor/alarm/{alarm}", float(said is not None))
+            self._ringing[alarm] = 0 if said is None else self._ringing.get(alarm, 0) + 1
+            if self._ringing[alarm] == 1:
+                logger.warning("Alarm %s at step %d: %s", alarm, self.state.global_step, said)
+            if self._ringing[alarm] >= self.stop_on.get(alarm, math.inf) and self.stopped_because is None:
+                self.stopped_because = (
+                    f"Training ends at step {self.state.global_step + 1}: the alarm {alarm} has rung at "
+                    f"{self._ringing[alarm]} checks in a row. {said}"
+                )
+
+    def _disable(self, monitor: Reward | Monitor, error: Exception | None) -> None:
+        name = _name(monitor)
+        self._disabled.add(name)
+        stops = any(alarm in self.stop_on for alarm in getattr(monitor, "alarms", ()))
+        logger.warning(
+            "The monitor '%s' is disabled from step %d on, because it raised %s: %s.%s",
+            name,
+            self.state.global_step,
+            "an error in another process" if error is None else type(error).__name__,
+            str(error).rstrip("."),
+            " Its alarms can no longer stop training." if stops else "",
+        )
+        self._log_metric(f"monitor/{name}/disabled", 1.0)
 
     def _log_step(self, batch: RolloutBatch) -> None:
         if batch.flags is not None:
-            self._log_metric("guards/flagged", sum(map(bool, batch.flags)) / max(len(batch), 1))
+            for name, rate in flag_rates(batch.flags, self.guards).items():
+                self._log_metric(f"guards/{name}", rate)
             self._log_completion_extra("flags", ["; ".join(said) for said in batch.flags])
         self._log_metric("mechreward/hook_seconds", self.hook_seconds)
         self.hook_seconds = 0.0
@@ -424,29 +582,127 @@ class MechRewardGRPOTrainer(GRPOTrainer):
             dense[step.dropped.to(dense.device)] = 0.0
         return dense
 
+    # -- between steps -------------------------------------------------------------------------------------------------
+
+    def _before_step(self) -> None:
+        end = getattr(self.args, "beta_end", None)
+        if end is not None:
+            self.beta = scheduled(self._options.beta, end, self.state.global_step, self.state.max_steps)
+
+    def _after_step(self) -> None:
+        """Keep what the loss has measured, and let the KL coefficient follow it."""
+        # TRL's lists hold one number a micro-batch, since the last time that they were logged.
+        last = {
+            name: self._metrics["train"][name][-self.current_gradient_accumulation_steps :] for name in LOSS_METRICS
+        }
+        self._last_losses = {name: sum(values) / len(values) for name, values in last.items() if values}
+        target, kl = getattr(self.args, "kl_target", None), self._last_losses.get("kl", math.nan)
+        if target is not None or getattr(self.args, "beta_end", None) is not None:
+            self._metrics["train"]["beta"].append(self.beta)
+        if target is not None and math.isfinite(kl):
+            self.beta = adapted(float(self.beta), kl, target)  # pyright: ignore[reportArgumentType]
+
+    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
+        """Log as TRL does, with the reason where an alarm ends training."""
+        if self.stopped_because is not None:
+            logs["stopped_because"] = self.stopped_because
+        super().log(logs, start_time)
+
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model, trial):
         super()._save_checkpoint(model, trial)
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-            states = [r.state_dict() if isinstance(r, Reward) else {} for r in self.reward_funcs]
+            states = {
+                "rewards": [r.state_dict() if isinstance(r, Reward) else {} for r in self.reward_funcs],
+                "guards": guards_state(self.guards),
+                "monitors": self._monitor_states(),
+                "ringing": self._ringing,
+                "beta": self.beta,
+            }
             (folder / STATE_FILE).write_text(json.dumps(states))
+
+    def _monitor_states(self) -> dict[str, Any]:
+        states = {}
+        for monitor in self.monitors:
+            if _name(monitor) in self._disabled:
+                continue
+            try:
+                states[_name(monitor)] = json.loads(json.dumps(monitor.state_dict()))
+            except Exception as raised:
+                self._disable(monitor, raised)
+        return states
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
         file = Path(checkpoint or "") / STATE_FILE
         if checkpoint is None or not file.exists():
             return
-        for reward, state in zip(self.reward_funcs, json.loads(file.read_text()), strict=True):
+        saved = json.loads(file.read_text())
+        # The first checkpoints of version 0.1 hold a list: the rewards' states alone.
+        states: dict[str, Any] = {"rewards": saved} if isinstance(saved, list) else saved
+        for reward, state in zip(self.reward_funcs, states["rewards"], strict=True):
             if isinstance(reward, Reward) and state:
                 reward.load_state_dict(state)
+        load_guards_state(self.guards, states.get("guards", {}))
+        for monitor in self.monitors:
+            state = states.get("monitors", {}).get(_name(monitor))
+            try:
+                if state:
+                    monitor.load_state_dict(state)
+            except Exception as raised:
+                self._disable(monitor, raised)
+        self._ringing = dict(states.get("ringing", {}))
+        if getattr(self.args, "kl_target", None) is not None:
+            self.beta = states.get("beta", self.beta)
 
 
-def _all_rewards(rewards: Sequence[Any]) -> Iterator[Any]:
-    for reward in rewards:
-        yield reward
-        yield from _all_rewards(getattr(reward, "rewards", ()))
+class _BetweenSteps(TrainerCallback):
+    """Tells the trainer when an optimiser step begins and ends, and ends training where an alarm asks for it."""
+
+    def __init__(self, trainer: MechRewardGRPOTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.stopped_because = None
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.trainer._before_step()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.trainer._after_step()
+        if self.trainer.stopped_because is not None:
+            logger.error(self.trainer.stopped_because)
+            # The flags act whatever the strategies for saving and logging are.
+            control.should_save = control.should_log = control.should_training_stop = True
+
+
+def _name(monitor: Reward | Monitor) -> str:
+    return monitor.__name__ if isinstance(monitor, Reward) else monitor.name
+
+
+def _requests_of(parts: Sequence[Any]) -> list[Request]:
+    return list(dict.fromkeys(request for part in parts for request in getattr(part, "requests", ())))
+
+
+def _check_monitors(monitors: Sequence[Any], stop_on: Mapping[str, int]) -> None:
+    """Refuse monitors that cannot be told apart, and alarms that none raises."""
+    strange = next((m for m in monitors if not isinstance(m, (Reward, Monitor))), None)
+    if strange is not None:
+        raise ConfigError(f"{strange!r} is no monitor: pass a reward, or a monitor of mechreward.hacking.")
+    names = [_name(monitor) for monitor in monitors]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ConfigError(f"Two monitors are called '{twice}': give one of them another name=.")
+    known = [alarm for monitor in monitors if isinstance(monitor, Monitor) for alarm in monitor.alarms]
+    for alarm, checks in stop_on.items():
+        if alarm not in known:
+            raise ConfigError(
+                f"No monitor raises the alarm '{alarm}': there are {', '.join(known) or 'none'}.{nearest(alarm, known)}"
+            )
+        if isinstance(checks, bool) or not isinstance(checks, int) or checks < 1:
+            raise ConfigError(f"stop_on needs a number of checks from 1 on for '{alarm}', not {checks!r}.")
 
 
 class _TappedSource:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from mechreward.errors import RewardError
+from mechreward.hacking.detectors import flag_rates, guards_of
 from mechreward.readout import Readings, Request
 from mechreward.rollout.batch import Call, RolloutBatch, Text
 from mechreward.rollout.resolve import resolve_source
@@ -158,7 +159,7 @@ class Reward:
         if log_metric is not None:
             means = {name: float(v.nanmean()) for name, v in parts.items() if not v.isnan().all()}
             if flags is not None:
-                means["flagged"] = sum(map(bool, flags)) / max(len(flags), 1)
+                means |= flag_rates(flags, list(guards_of([self])))
             for name, value in {**means, **metrics}.items():
                 log_metric(f"{self.__name__}/{name}", value)
         if log_extra is not None:

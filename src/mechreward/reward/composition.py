@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 
 from mechreward.errors import ConfigError, RewardError, nearest
-from mechreward.hacking.detectors import Guard, RepetitionDetector, apply_guards
+from mechreward.hacking.detectors import (
+    Guard,
+    RepetitionDetector,
+    all_within,
+    apply_guards,
+    attach,
+    guards_state,
+    load_guards_state,
+)
 from mechreward.readout import Readings, Request
 from mechreward.reward.base import Reward, Scores
 from mechreward.reward.outcome import OutcomeReward
@@ -113,12 +121,13 @@ class CompositeReward(Reward):
         self.outcomes = [i for i, r in enumerate(self.rewards) if isinstance(r, OutcomeReward)]
         if mode != "sum" and (len(self.outcomes) != 1 or len(self.rewards) < 2):
             raise RewardError(f"mode='{mode}' needs exactly one OutcomeReward and at least one other reward.")
-        if mode != "sum" and any(map(_is_dense, self.rewards)):
+        if mode != "sum" and any(map(is_dense, self.rewards)):
             raise RewardError(
                 f"aggregation='per_token' acts through the advantages, past mode='{mode}': use mode='sum', or another "
                 "aggregation."
             )
         self.sigma_bar: float | None = None
+        attach(self.guards or [], [self])
 
     @property
     def requests(self) -> list[Request]:
@@ -198,7 +207,11 @@ class CompositeReward(Reward):
         return batch.local((w * bands).masked_fill(outcome.isnan(), torch.nan)).float()  # eq. 5
 
     def state_dict(self) -> dict[str, Any]:
-        return {"sigma_bar": self.sigma_bar, "rewards": [r.state_dict() for r in self.rewards]}
+        return {
+            "sigma_bar": self.sigma_bar,
+            "rewards": [r.state_dict() for r in self.rewards],
+            "guards": guards_state(self.guards or []),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         if len(state["rewards"]) != len(self.rewards):
@@ -207,12 +220,14 @@ class CompositeReward(Reward):
                 f"{len(self.rewards)} now: resume with the rewards that training began with."
             )
         self.sigma_bar = state["sigma_bar"]
+        load_guards_state(self.guards or [], state.get("guards", {}))
         for reward, saved in zip(self.rewards, state["rewards"], strict=True):
             reward.load_state_dict(saved)
 
 
-def _is_dense(reward: Reward) -> bool:
-    return getattr(reward, "aggregation", "") == "per_token" or any(map(_is_dense, getattr(reward, "rewards", ())))
+def is_dense(reward: Reward) -> bool:
+    """Whether it, or any part of it, rewards tokens."""
+    return any(getattr(part, "aggregation", "") == "per_token" for part in all_within([reward]))
 
 
 def _labels(rewards: Sequence[Reward]) -> list[str]:

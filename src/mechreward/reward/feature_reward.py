@@ -179,6 +179,12 @@ class FeatureReward(Reward):
             return attention_over(score, readings.mask) * value
         return readings.values @ self.weights.to(readings.values.device)
 
+    def aggregated(self, readings: Mapping[Request, Readings]) -> Tensor:
+        """The raw reward of each rollout, ``[B]`` float32 on the CPU: for ``per_token`` the mean of r_t."""
+        read = readings[self.request]
+        aggregate = find_aggregation("mean") if self.aggregation == "per_token" else self._aggregate
+        return aggregate(self.raw(read), read.mask).cpu()
+
     def score(self, batch: RolloutBatch, readings: Mapping[Request, Readings], sense: float = 1.0) -> Scores:
         """Aggregate, let guards lower, normalise, schedule."""
         read = readings[self.request]

@@ -33,6 +33,7 @@ class OutcomeReward(Reward):
     def __init__(self, verifier: Verifier, gold_column: str | None = None, name: str | None = None, **options: Any):
         super().__init__(name or getattr(verifier, "__name__", "outcome"))
         self.verifier, self.gold_column, self.options = verifier, gold_column, options
+        self._last: tuple[Any, Sequence[Any]] | None = None
 
     def score(self, batch: RolloutBatch, readings: Mapping[Request, Readings], sense: float = 1.0) -> Scores:
         """Verify every completion.
@@ -43,7 +44,7 @@ class OutcomeReward(Reward):
         column = batch.columns[self._gold(batch)]
         golds = [str(gold) if gold is not None else "" for gold in column]
         began = time.perf_counter()
-        verdicts = self.verifier(batch.texts, golds, **self.options)
+        verdicts = self._verified(batch.texts, golds)
         spent = time.perf_counter() - began
         if len(verdicts) != len(batch):
             raise RewardError(f"'{self.__name__}' gave {len(verdicts)} verdicts for {len(batch)} completions.")
@@ -52,6 +53,12 @@ class OutcomeReward(Reward):
             for verdict, gold in zip(verdicts, column, strict=True)
         ]
         return Scores(torch.tensor(values, dtype=torch.float32), metrics={VERIFIER_SECONDS: spent})
+
+    def _verified(self, texts: list[str], golds: list[str]) -> Sequence[Any]:
+        """The verdicts; of the same rollouts once only, since guards and monitors ask, too."""
+        if self._last is None or self._last[0] != (texts, golds):
+            self._last = (texts, golds), self.verifier(texts, golds, **self.options)
+        return self._last[1]
 
     def _gold(self, batch: RolloutBatch) -> str:
         wanted = GOLD_COLUMNS if self.gold_column is None else (self.gold_column,)

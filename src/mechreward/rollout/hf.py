@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -119,12 +119,12 @@ def over_tokens(readings: Readings, aggregate: Aggregate) -> Tensor:
     return aggregate(each, readings.mask.repeat_interleave(columns, dim=0)).view(rows, columns).cpu()
 
 
-def group_requests(requests: Sequence[Request]) -> dict[tuple[str, bool], ReadoutBank]:
-    """One bank for each (reads, read_last) that is asked for."""
+def group_requests(requests: Sequence[Request], apart: Collection[Readout] = ()) -> dict[tuple[str, bool], ReadoutBank]:
+    """One bank for each (reads, read_last) that is asked for; ``apart`` as in :class:`ReadoutBank`."""
     groups: dict[tuple[str, bool], list[Readout]] = {}
     for request in requests:
         groups.setdefault((request.reads, request.read_last), []).append(request.readout)
-    return {key: ReadoutBank(readouts) for key, readouts in groups.items()}
+    return {key: ReadoutBank(readouts, apart) for key, readouts in groups.items()}
 
 
 class HFSource:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -88,9 +88,32 @@ class SAEHandle:
         """Read once, so that several readouts of a TopK dictionary share it, and its matrix product."""
         return self.read_encoder(None)
 
+    @cached_property
+    def _decoders(self) -> dict[torch.device, tuple[Tensor, Tensor]]:
+        return {}
+
+    def _decoder(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Read and moved once: it is needed at every token."""
+        if device not in self._decoders:
+            weight, bias = self.read_decoder()
+            self._decoders[device] = weight.to(device), bias.to(device)
+        return self._decoders[device]
+
     def all_features(self) -> Readout:
         """Every latent, for discovery: ``[tokens, d_sae]``."""
         return self.features(range(self.d_sae))
+
+    def health(self) -> Readout:
+        """How well this SAE describes each token: ``error`` ||x - x'||^2 / ||x||^2, and ``l0``, the latents that fire.
+
+        Keeps the whole encoder and decoder in memory.
+        """
+
+        def summary(x: Tensor, activations: Tensor) -> Tensor:
+            error = (x - self.decode(activations, x)).square().sum(dim=-1) / x.square().sum(dim=-1)
+            return torch.stack([error, (activations > 0).sum(dim=-1).float()], dim=-1)
+
+        return replace(self.all_features(), name="health", labels=("error", "l0"), keep=None, summary=summary)
 
     def decode(self, activations: Tensor, x: Tensor) -> Tensor:
         """Reconstruct residual vectors: activations @ W_dec + b_dec, with the input's normalisation undone.
@@ -102,7 +125,7 @@ class SAEHandle:
         mean = x.mean(dim=-1, keepdim=True)
         if self.transform.center:
             x = x - mean
-        w_dec, b_dec = self.read_decoder()
+        w_dec, b_dec = self._decoder(x.device)
         reconstruction = activations @ w_dec + b_dec
         if self.transform.norm == "constant_norm_rescale":
             reconstruction = reconstruction * (x.norm(dim=-1, keepdim=True) / x.shape[-1] ** 0.5)

@@ -1,0 +1,225 @@
+"""What is attacked: a reward on a model, with the guards around it and the verifier that knows what is right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mechreward.errors import DataError
+from mechreward.hacking.detectors import Guard, RepetitionDetector
+from mechreward.hacking.dual_verifier import Disagreement
+from mechreward.readout import Readings, Request
+from mechreward.reward.base import Reward
+from mechreward.reward.feature_reward import lowered
+from mechreward.rollout.batch import RolloutBatch
+from mechreward.rollout.hf import HFSource, sample
+from mechreward.schema import shown
+
+ROWS = 128
+"""Rollouts that are read and judged at once: about a training step's."""
+
+GOLD = "answer"
+"""Column with the right answers."""
+
+Verifier = Callable[[Sequence[str], Sequence[str]], Sequence[bool | None]]
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What n rollouts earn, whether they are right, and who noticed.
+
+    Attributes:
+        reward: Raw reward before any guard, ``[n]``; NaN where no token is read.
+        guarded: What the guards leave of it, ``[n]``: trust max(r, 0) + min(r, 0), or NaN for a dropped rollout.
+        right: 1, 0, or NaN where the verifier cannot say, ``[n]``.
+        flags: For each detector whether it flags the rollout, ``[n]`` bool.
+    """
+
+    reward: Floats
+    guarded: Floats
+    right: Floats
+    flags: Mapping[str, NDArray[np.bool_]]
+
+    @property
+    def caught(self) -> NDArray[np.bool_]:
+        """Flagged by any detector, ``[n]``."""
+        return np.any([*self.flags.values(), np.zeros(len(self.reward), dtype=bool)], axis=0)
+
+    def __len__(self) -> int:
+        return len(self.reward)
+
+    def take(self, rows: Sequence[int] | NDArray[np.int64]) -> Judged:
+        """Some of the rollouts."""
+        flags = {name: flagged[rows] for name, flagged in self.flags.items()}
+        return Judged(self.reward[rows], self.guarded[rows], self.right[rows], flags)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A reward on a model.
+
+    Attributes:
+        model: The untrained model, which is also the frozen reference.
+        tokenizer: Its tokenizer.
+        reward: What is attacked; its part ``raw`` is the figure.
+        guards: What may notice: guards, and suites of detectors with ``scores`` and ``thresholds``.
+        verifier: Of completions and golds (column :data:`GOLD`).
+        generate: Options of HF `generate` for sampling.
+        batch_size: Rollouts sampled at once.
+    """
+
+    model: Any
+    tokenizer: Any
+    reward: Reward
+    guards: Sequence[Guard]
+    verifier: Verifier
+    generate: Mapping[str, Any] = field(default_factory=dict)
+    batch_size: int = 64
+
+    @property
+    def requests(self) -> list[Request]:
+        """Everything that must be read to judge a rollout."""
+        parts = [self.reward, *self.guards]
+        return list(dict.fromkeys(request for part in parts for request in part.requests))
+
+    @property
+    def detectors(self) -> list[str]:
+        """Names of all detectors."""
+        return [name for guard in self.guards for name in detector_names(guard)]
+
+    def read(self, batch: RolloutBatch, requests: Sequence[Request], model: Any = None) -> Mapping[Request, Readings]:
+        """Readings of the policy (by default the untrained model) and of the reference."""
+        source = HFSource(self.model if model is None else model, self.tokenizer, reference=self.model)
+        return source.read(batch, requests)
+
+    def sampled(self, questions: Any, rollouts: int, seed: int, model: Any = None) -> RolloutBatch:
+        """Rollouts on questions with columns ``prompt`` and :data:`GOLD`, groups contiguous.
+
+        Torch's generator is left as it was.
+        """
+        policy = self.model if model is None else model
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            batch = sample(
+                policy, self.tokenizer, list(questions["prompt"]), rollouts, self.batch_size, **self.generate
+            )
+        golds = [gold for gold in questions[GOLD] for _ in range(rollouts)]
+        return replace(batch, columns={GOLD: golds})
+
+    def calibrated(self, batch: RolloutBatch) -> None:
+        """Set the suites' thresholds on clean rollouts of the untrained model."""
+        for guard in self.guards:
+            if hasattr(guard, "calibrate"):
+                guard.calibrate(watched(batch), self.read(batch, guard.requests))  # pyright: ignore
+
+    def rewards(self, batch: RolloutBatch, model: Any = None) -> Floats:
+        """The raw rewards alone, ``[n]``."""
+        asked = self.reward.requests
+        return np.concatenate([self.raw(piece, self.read(piece, asked, model)) for piece in _pieces(batch)])
+
+    def raw(self, batch: RolloutBatch, readings: Mapping[Request, Readings]) -> Floats:
+        """The raw rewards from readings that are there already, ``[B]``."""
+        scores = self.reward.score(replace(batch, trust=None, dropped=None, flags=None), readings)
+        return scores.parts.get("raw", scores.values).double().cpu().numpy()
+
+    def right(self, batch: RolloutBatch) -> Floats:
+        """The verifier's verdicts, ``[n]``; NaN where it cannot say."""
+        verdicts = self.verifier(batch.texts, [str(gold) for gold in batch.columns[GOLD]])
+        return np.array([np.nan if verdict is None else float(verdict) for verdict in verdicts])
+
+    def judged(self, batch: RolloutBatch, model: Any = None) -> Judged:
+        """Everything that is known of the rollouts, read in pieces of :data:`ROWS`."""
+        pieces = [self.judged_on(piece, self.read(piece, self.requests, model)) for piece in _pieces(batch)]
+        return Judged(
+            *(np.concatenate([getattr(piece, name) for piece in pieces]) for name in ("reward", "guarded", "right")),
+            flags={
+                name: np.concatenate([piece.flags.get(name, np.zeros(len(piece), dtype=bool)) for piece in pieces])
+                for name in dict.fromkeys(name for piece in pieces for name in piece.flags)
+            },
+        )
+
+    def judged_on(self, batch: RolloutBatch, readings: Mapping[Request, Readings]) -> Judged:
+        """The same from readings that are there already."""
+        raw, batch = self.raw(batch, readings), watched(batch)
+        trust, dropped = np.ones(len(batch)), np.zeros(len(batch), dtype=bool)
+        flags = {name: np.zeros(len(batch), dtype=bool) for name in self.detectors}
+        for guard in self.guards:
+            verdict = guard(batch, readings)
+            trust = np.minimum(trust, verdict.trust.double().cpu().numpy())
+            dropped |= verdict.dropped.cpu().numpy()
+            for row, said in enumerate(verdict.flags):
+                for name in {flag.split(":")[0] for flag in said}:
+                    flags.setdefault(name, np.zeros(len(batch), dtype=bool))[row] = True
+        left = lowered(torch.tensor(raw), torch.tensor(trust)).numpy()
+        return Judged(raw, np.where(dropped, np.nan, left), self.right(batch), flags)
+
+
+def questions_that_can_be_judged(questions: Any, verifier: Verifier) -> Any:
+    """Those whose gold answer the verifier can read.
+
+    Raises:
+        DataError: Fewer than four.
+    """
+    golds = [str(gold) for gold in questions[GOLD]]
+    kept = [i for i, verdict in enumerate(verifier(["0"] * len(golds), golds)) if verdict is not None]
+    if len(kept) < 4:
+        raise DataError(
+            f"The verifier can read {len(kept)} of {len(golds)} gold answers such as {shown(golds[0])}, and a red team "
+            "needs 4: name the column with the answers, or another verifier."
+        )
+    return questions.select(kept)
+
+
+# -- detectors as numbers ----------------------------------------------------------------------------------------------
+
+
+def watched(batch: RolloutBatch) -> RolloutBatch:
+    """The batch as one that nobody trains on: running statistics of guards stay as they are.
+
+    Each rollout is for itself, where thresholds are set and where they are applied: what a detector says of groups
+    cannot be compared with what it says without.
+    """
+    return replace(batch, trust=None, dropped=None, flags=None, training=False, num_generations=1)
+
+
+def detector_names(guard: Guard) -> list[str]:
+    """What the guard's flags are called, whether or not one is raised."""
+    if hasattr(guard, "thresholds"):
+        return list(guard.thresholds)  # pyright: ignore
+    if isinstance(guard, RepetitionDetector):
+        return ["repetition"]
+    return ["dual verifier"] if isinstance(guard, Disagreement) else [type(guard).__name__]
+
+
+def suspicion(
+    guard: Guard, batch: RolloutBatch, readings: Mapping[Request, Readings]
+) -> dict[str, tuple[Floats, float]]:
+    """For each of a guard's detectors its score of every rollout, ``[B]``, higher = more suspicious, and its threshold.
+
+    A guard that gives no scores gives 1 where it flags.
+    """
+    if hasattr(guard, "scores") and hasattr(guard, "thresholds"):
+        scores = guard.scores(batch, readings)  # pyright: ignore
+        return {
+            name: (scores[name].double().cpu().numpy(), float(threshold))
+            for name, threshold in guard.thresholds.items()  # pyright: ignore
+            if name in scores
+        }
+    if isinstance(guard, Disagreement):
+        yes, agrees = guard.said(batch, readings)
+        return {"dual verifier": ((yes - agrees).double().numpy(), guard.threshold)}
+    if isinstance(guard, RepetitionDetector):
+        ids = [list(ids[:length]) for ids, length in zip(batch.completion_ids, batch.lengths, strict=True)]
+        return {"repetition": (np.array([guard.repetition(each) for each in ids]), guard.threshold)}
+    flags = guard(batch, readings).flags
+    return {type(guard).__name__: (np.array([float(bool(said)) for said in flags]), 0.5)}
+
+
+def _pieces(batch: RolloutBatch) -> list[RolloutBatch]:
+    return [batch.take(range(start, min(start + ROWS, len(batch)))) for start in range(0, len(batch), ROWS)]
