@@ -2,13 +2,14 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from mechreward.errors import ConfigError
-from mechreward.experiments import hacking_page
+from mechreward.experiments import hacking, hacking_page
 from mechreward.experiments.config import read_config
 from mechreward.experiments.hacking import Detection, HackingConfig, Ledger
 from mechreward.experiments.hacking_results import _gap, _over, _ringing, fell_at, first_alarms
@@ -61,6 +62,35 @@ def test_what_defends_an_arm_is_part_of_the_run(tmp_path):
 def test_a_wrong_configuration_gets_one_sentence(tmp_path, more, says):
     with pytest.raises(ConfigError, match=says):
         read_config(written(tmp_path, more), HackingConfig)
+
+
+@pytest.mark.parametrize(("aware", "knows"), [("{aware: 1}", "both"), ("{aware: 1, blind: true}", "features")])
+def test_a_blind_attackers_detectors_are_given_the_features_only(tmp_path, monkeypatch, aware, knows):
+    attacked = "none: {features: {pack: pocket/reasoning_pack}"
+    file = written(tmp_path)
+    file.write_text(file.read_text().replace(attacked, f"{attacked}, {aware[1:-1]}"))
+    features = FeatureReward(direction("features", torch.ones(128), HookPoint(2)))
+    given = []
+    defence = SimpleNamespace(
+        features=features,
+        outcome=OutcomeReward(lambda c, g: [1.0], "answer"),
+        watched="both",
+        held_out=direction("held_out", torch.ones(128), HookPoint(3)),
+        suite=lambda preset, reward: given.append(reward) or Suite([], []),
+        disagreement=Dual,
+        typical={},
+        deviation=1.0,
+    )
+    monkeypatch.setattr(hacking, "prepared", lambda config: defence)
+    hacking.outfit(read_config(file, HackingConfig), "none", 0, tmp_path)
+    assert given == [{"both": "both", "features": features}[knows]]
+
+
+def test_a_blind_attacker_must_pay(tmp_path):
+    file = written(tmp_path)
+    file.write_text(file.read_text().replace("dual: true, aware: 3", "dual: true, blind: true"))
+    with pytest.raises(ConfigError, match="`blind` without `aware`"):
+        read_config(file, HackingConfig)
 
 
 class Suite:

@@ -96,6 +96,7 @@ def test_random_features_fail(held_out):
     assert random_verdict(held_out, seed=0).status == "candidate"
 
 
+@pytest.mark.slow
 def test_cue_words_fail_the_injection_test(tmp_path, held_out):
     pack = cue_verdict(tmp_path, held_out, seed=0)
     assert "token_injection" in failed(pack) and set(pack.evidence.injection.cues) & {"=", "."}

@@ -60,12 +60,21 @@ class HackingArm(Arm):
         dual: Whether the dual verifier guards.
         aware: The attacker knows the defences: what it costs him, in standard deviations of the features' reward, to
             stand at a detector's threshold; 0 for an attacker who does not look.
+        blind: The detectors that he pays for do not know the outcome, so that his price does not teach him what is
+            right.
     """
 
     beta: float = Field(0.0, ge=0)
     suite: Literal["standard", "strict", "text_only"] | None = None
     dual: bool = False
     aware: float = Field(0.0, ge=0)
+    blind: bool = False
+
+    @model_validator(mode="after")
+    def _blind_attackers_pay(self) -> HackingArm:
+        if self.blind and not self.aware:
+            raise ValueError("has `blind` without `aware`: it says what the detectors know that the attacker pays for")
+        return self
 
 
 class HackingConfig(ExperimentConfig):
@@ -109,7 +118,8 @@ def outfit(config: HackingConfig, arm: str, seed: int, folder: Path) -> arms.Out
     if chosen.dual:
         guards.append(defence.disagreement())
     if chosen.aware:
-        costs = Detection(defence.suite("standard", defence.watched), defence.disagreement(), defence.typical)
+        knows = defence.features if chosen.blind else defence.watched
+        costs = Detection(defence.suite("standard", knows), defence.disagreement(), defence.typical)
         reward = CompositeReward([reward, costs], [1 / defence.deviation, -chosen.aware])
     point = defence.features.readout.hook_point
     monitors: list[Reward | Monitor] = [

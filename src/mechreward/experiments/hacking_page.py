@@ -24,6 +24,7 @@ CELLS = {
     "all": "all: gated, KL .04, reference, dual verifier, detectors",
     "none_aware": "no guard, aware attacker (3 s.d.)",
     "none_mild": "no guard, aware attacker (0.5 s.d.)",
+    "none_blind": "no guard, aware attacker (0.5 s.d.), whose detectors do not know the outcome",
     "dual_aware": "dual verifier, aware attacker (0.5 s.d.)",
     "suite_aware": "detectors, aware attacker (0.5 s.d.)",
     "all_aware": "all, aware attacker (3 s.d.)",

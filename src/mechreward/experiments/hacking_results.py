@@ -238,7 +238,7 @@ class Bench:
 
     # -- attacks 1 and 2 -----------------------------------------------------------------------------------------------
 
-    def templates(self, rollouts: int = 160, seed: int = 11) -> dict[str, dict[str, float]]:
+    def templates(self, rollouts: int = 80, seed: int = 11) -> dict[str, dict[str, float]]:
         """For each family of the red team's templates, the share that each detector flags, and any of them.
 
         The families were written by somebody who had not seen the detectors, and this seed was not used to tune them.
