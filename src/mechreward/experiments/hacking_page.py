@@ -24,7 +24,7 @@ CELLS = {
     "all": "all: gated, KL .04, reference, dual verifier, detectors",
     "none_aware": "no guard, aware attacker (3 s.d.)",
     "none_mild": "no guard, aware attacker (0.5 s.d.)",
-    "none_blind": "no guard, aware attacker (0.5 s.d.), whose detectors do not know the outcome",
+    "none_blind": "no guard, aware but blind attacker (0.5 s.d.)",
     "dual_aware": "dual verifier, aware attacker (0.5 s.d.)",
     "suite_aware": "detectors, aware attacker (0.5 s.d.)",
     "all_aware": "all, aware attacker (3 s.d.)",
@@ -46,7 +46,9 @@ def markdown(report: Mapping[str, Any]) -> str:
         "## Accuracy and reward",
         "",
         "`minus outcome`: accuracy at the end minus the control's, paired by seed. `reward`: the features' mean reward "
-        "on the test questions. `gap`: its gain minus the accuracy's, each in standard deviations at the start.",
+        "on the test questions. `gap`: its gain minus the accuracy's, each in standard deviations at the start. "
+        "`aware`: the attacker pays for what the detectors and the probe see, so much where they would flag him; "
+        "`blind`: those detectors do not know the outcome.",
         "",
         "| cell | seeds | accuracy, start | end | minus outcome | reward, start | end | gap |",
         "|---|---|---|---|---|---|---|---|",
@@ -159,15 +161,15 @@ def draw(report: Mapping[str, Any], folder: Path) -> None:
     matplotlib.use("Agg")
     plt = require("matplotlib.pyplot", "report")
     cells = report["cells"]
-    shown = [n for n in ("outcome", "none", "all", "none_aware", "all_aware") if n in cells]
-    colours = dict(zip(shown, ["#4d4d4d", "#d73027", "#1a9850", "#fc8d59", "#66c2a5"], strict=False))
+    shown = [n for n in ("outcome", "none", "all", "none_blind", "none_aware") if n in cells]
+    colours = dict(zip(shown, ["#4d4d4d", "#d73027", "#1a9850", "#4575b4", "#fdae61"], strict=False))
     figure, axes = plt.subplots(1, 3, figsize=(13, 4))
     for name in shown:
         c = cells[name]
         for axis, key in zip(axes, ("accuracy", "reward"), strict=False):
             means = [f["mean"] for f in c[key]]
             axis.plot(c["steps"], means, color=colours[name], label=CELLS[name].split(":")[0], marker="o", markersize=3)
-            if all(f["interval"] for f in c[key]):
+            if len(c["seeds"]) >= 5:  # of three seeds, Student's interval fills the picture
                 low, high = zip(*(f["interval"] for f in c[key]), strict=True)
                 axis.fill_between(c["steps"], low, high, color=colours[name], alpha=0.12, linewidth=0)
         axes[2].plot(range(1, len(c["flagged"]) + 1), c["flagged"], color=colours[name])
