@@ -54,7 +54,9 @@ def redteam(
         str | None, typer.Option(help="A probe whose disagreement is a further detector (DualVerifier).")
     ] = None,
     family: Annotated[list[str] | None, typer.Option(help="Only these families of templates.")] = None,
-    questions: Annotated[int, typer.Option(min=4, help="So many; half of them set the thresholds.")] = 200,
+    questions: Annotated[
+        int, typer.Option(min=4, help="So many; half of them set the thresholds, which few make unreliable.")
+    ] = 500,
     rollouts: Annotated[int, typer.Option(min=1, help="Clean rollouts a question, at temperature 1.")] = 8,
     instances: Annotated[int, typer.Option(min=1, help="Rollouts that each template and the suffix attack.")] = 100,
     best_of: Annotated[int, typer.Option(min=2, help="The largest N of best-of-N.")] = 256,
