@@ -1,0 +1,144 @@
+"""RewardClient: asks a reward server, patiently, and fails in one sentence."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+from pydantic import ValidationError
+
+from mechreward.errors import ServiceError
+from mechreward.extras import require
+from mechreward.integrations.server.protocol import Detail, ScoreReply, ScoreRequest, WeightsReply
+from mechreward.retry import BUSY, wait_asked_for
+
+
+class RewardClient:
+    """An asynchronous client of the reward server.
+
+    A request that the server cannot take now (it is busy, restarts, or is not to be reached) is sent again, after the
+    server's ``Retry-After`` or, without one, after waits that double from ``FIRST_WAIT`` up to ``LONGEST_WAIT`` s and
+    are shortened at random, so that many clients do not come back at once. Scoring has no side effects but what
+    guards learn.
+
+    Args:
+        url: The server's address, e.g. ``"http://127.0.0.1:8000"``.
+        token: Its bearer token.
+        deadline: Seconds from the call to the last attempt's end.
+        timeout: Seconds for one attempt.
+
+    Raises:
+        MissingExtraError: httpx is not installed.
+    """
+
+    FIRST_WAIT = 0.25
+    LONGEST_WAIT = 15.0
+
+    def __init__(self, url: str, token: str | None = None, deadline: float = 300.0, timeout: float = 120.0):
+        httpx = require("httpx", "client")
+        self.url, self.deadline = url.rstrip("/"), deadline
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        self._http = httpx.AsyncClient(headers=headers, timeout=timeout, limits=httpx.Limits(max_connections=None))
+
+    async def __aenter__(self) -> RewardClient:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._http.aclose()
+
+    async def score_tokens(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        response_ids: Sequence[Sequence[int]],
+        labels: Sequence[str | None] | None = None,
+        num_generations: int = 1,
+        include: Sequence[Detail] = (),
+    ) -> ScoreReply:
+        """Score B rollouts by their token ids; see :class:`ScoreRequest` and :class:`ScoreReply`.
+
+        Raises:
+            ServiceError: No answer came before the deadline, or the server refuses the request.
+        """
+        asked = ScoreRequest(
+            prompt_ids=[list(ids) for ids in prompt_ids],
+            response_ids=[list(ids) for ids in response_ids],
+            labels=None if labels is None else list(labels),
+            num_generations=num_generations,
+            include=list(include),
+        )
+        content = asked.model_dump_json()
+        found = await self._post("/score_tokens", content=content, headers={"Content-Type": "application/json"})
+        reply = self._understood(ScoreReply, found)
+        if len(reply.rewards) != len(response_ids):
+            raise ServiceError(f"{self.url} answered {len(reply.rewards)} rewards for {len(response_ids)} rollouts.")
+        return reply
+
+    async def push_weights(self, safetensors: bytes, version: str) -> WeightsReply:
+        """Push a policy's weights, as ``safetensors.torch.save(policy.state_dict())`` gives them.
+
+        Raises:
+            ServiceError: The server does not take them.
+        """
+        found = await self._post("/weights", content=safetensors, params={"version": version})
+        return self._understood(WeightsReply, found)
+
+    def _understood(self, kind: Any, found: bytes) -> Any:
+        try:
+            return kind.model_validate_json(found)
+        except ValidationError as error:
+            said = error.errors()[0]["msg"]
+            raise ServiceError(f"{self.url} does not answer as a reward server of this version ({said}).") from None
+
+    async def _post(self, route: str, **sent: Any) -> bytes:
+        """The answer's body, after as many attempts as fit the deadline."""
+        until, wait, attempts = time.monotonic() + self.deadline, self.FIRST_WAIT, 0
+        while True:
+            attempts += 1
+            reason, asked_for, body = await self._attempt(route, until - time.monotonic(), sent)
+            if body is not None:
+                return body
+            pause = asked_for if asked_for is not None else wait * random.uniform(0.5, 1.0)
+            if time.monotonic() + pause > until:
+                raise ServiceError(
+                    f"{self.url}{route} gave no reward within {self.deadline:g} s ({attempts} attempts, the last: "
+                    f"{reason}): see whether the server runs and keeps pace (/readyz, /metrics)."
+                )
+            await asyncio.sleep(pause)
+            wait = min(2 * wait, self.LONGEST_WAIT)
+
+    async def _attempt(self, route: str, left: float, sent: Any) -> tuple[str, float | None, bytes | None]:
+        """One attempt: (why it failed, the wait that the server asks for, None), or the body."""
+        httpx = require("httpx", "client")
+        try:
+            async with asyncio.timeout(max(left, 0.0)):
+                answer = await self._http.post(f"{self.url}{route}", **sent)
+        except TimeoutError:
+            return "the deadline", None, None
+        except (httpx.TimeoutException, httpx.NetworkError, httpx.RemoteProtocolError) as error:
+            return f"{type(error).__name__} {error}".strip(), None, None
+        except (httpx.HTTPError, httpx.InvalidURL) as error:  # asking again would not help
+            raise ServiceError(f"{self.url}{route} cannot be asked ({error}).") from None
+        if answer.status_code == 200:
+            return "", None, answer.content
+        said = _detail(answer)
+        # 500 says that this request cannot be scored: another attempt would fail as well.
+        if answer.status_code in BUSY - {500}:
+            return f"status {answer.status_code}, {said}", wait_asked_for(answer.headers), None
+        raise ServiceError(f"{self.url}{route} refuses the request (status {answer.status_code}): {said}")
+
+
+def _detail(answer: Any) -> str:
+    try:
+        return str(answer.json()["detail"])
+    except (ValueError, KeyError, TypeError):
+        return " ".join(answer.text.split())[:200] or "without a reason"
