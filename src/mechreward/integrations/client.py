@@ -9,12 +9,22 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
-from mechreward.errors import ServiceError
+from mechreward.errors import RewardError, ServiceError
 from mechreward.extras import require
-from mechreward.integrations.server.protocol import Detail, ScoreReply, ScoreRequest, WeightsReply
+from mechreward.integrations.server.protocol import (
+    Detail,
+    OpenRLHFReply,
+    OpenRLHFRequest,
+    ScoreReply,
+    ScoreRequest,
+    WeightsReply,
+)
 from mechreward.retry import BUSY, wait_asked_for
+from mechreward.schema import most_telling, sentence
+
+JSON = {"Content-Type": "application/json"}
 
 
 class RewardClient:
@@ -67,21 +77,39 @@ class RewardClient:
         """Score B rollouts by their token ids; see :class:`ScoreRequest` and :class:`ScoreReply`.
 
         Raises:
+            RewardError: The rollouts are no request: rows are missing, say.
             ServiceError: No answer came before the deadline, or the server refuses the request.
         """
-        asked = ScoreRequest(
+        asked = _checked(
+            ScoreRequest,
             prompt_ids=[list(ids) for ids in prompt_ids],
             response_ids=[list(ids) for ids in response_ids],
             labels=None if labels is None else list(labels),
             num_generations=num_generations,
             include=list(include),
         )
-        content = asked.model_dump_json()
-        found = await self._post("/score_tokens", content=content, headers={"Content-Type": "application/json"})
+        found = await self._post("/score_tokens", content=asked, headers=JSON)
         reply = self._understood(ScoreReply, found)
         if len(reply.rewards) != len(response_ids):
             raise ServiceError(f"{self.url} answered {len(reply.rewards)} rewards for {len(response_ids)} rollouts.")
         return reply
+
+    async def get_reward(
+        self, query: Sequence[str], prompts: Sequence[str], labels: Sequence[str | None] | None = None
+    ) -> OpenRLHFReply:
+        """Score B rollouts by their text; see :class:`OpenRLHFRequest` and :class:`OpenRLHFReply`.
+
+        Raises:
+            RewardError, ServiceError: As for :meth:`score_tokens`.
+        """
+        asked = _checked(
+            OpenRLHFRequest,
+            query=list(query),
+            prompts=list(prompts),
+            labels=None if labels is None else list(labels),
+        )
+        found = await self._post("/get_reward", content=asked, headers=JSON)
+        return self._understood(OpenRLHFReply, found)
 
     async def push_weights(self, safetensors: bytes, version: str) -> WeightsReply:
         """Push a policy's weights, as ``safetensors.torch.save(policy.state_dict())`` gives them.
@@ -135,6 +163,19 @@ class RewardClient:
         if answer.status_code in BUSY - {500}:
             return f"status {answer.status_code}, {said}", wait_asked_for(answer.headers), None
         raise ServiceError(f"{self.url}{route} refuses the request (status {answer.status_code}): {said}")
+
+
+def _checked(kind: type[BaseModel], **fields: Any) -> str:
+    """A request as JSON.
+
+    Raises:
+        RewardError: It is none.
+    """
+    try:
+        return kind(**fields).model_dump_json()
+    except ValidationError as error:
+        said = sentence(most_telling(error), kind, "request")
+        raise RewardError(f"This cannot be scored: {said}") from None
 
 
 def _detail(answer: Any) -> str:
