@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from mechreward.errors import MechRewardError
 from mechreward.integrations.server.scorer import Rollout, Score
@@ -28,15 +28,11 @@ class Draining(Exception):
     """The server takes no more requests, since it is about to stop."""
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class _Asked:
     rollouts: Sequence[Rollout]
+    tokens: int
     answer: asyncio.Future[list[Score]]
-    since: float = field(default_factory=time.monotonic)
-
-    @property
-    def tokens(self) -> int:
-        return sum(map(len, self.rollouts))
 
 
 class Batcher:
@@ -59,7 +55,8 @@ class Batcher:
         queue_tokens: int,
     ):
         self._score, self.batch_tokens, self.queue_tokens = score, batch_tokens, queue_tokens
-        self._waiting: deque[_Asked] = deque()
+        self._waiting: OrderedDict[_Asked, None] = OrderedDict()
+        self._open = 0
         self._arrived = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -67,11 +64,7 @@ class Batcher:
         self._speed = 0.0
         self.draining = False
         self.batches = 0
-
-    @property
-    def waiting_tokens(self) -> int:
-        """Tokens in the queue."""
-        return sum(asked.tokens for asked in self._waiting if not asked.answer.done())
+        self.waiting_tokens = 0
 
     def start(self) -> None:
         """Begin to take batches from the queue."""
@@ -87,14 +80,21 @@ class Batcher:
         """
         if self.draining:
             raise Draining
-        asked = _Asked(rollouts, asyncio.get_running_loop().create_future())
-        waiting = self.waiting_tokens
-        if waiting and waiting + asked.tokens > self.queue_tokens:
-            raise Full(max(1.0, waiting / self._speed if self._speed else 1.0))
-        self._waiting.append(asked)
+        asked = _Asked(rollouts, sum(map(len, rollouts)), asyncio.get_running_loop().create_future())
+        if self._waiting and self.waiting_tokens + asked.tokens > self.queue_tokens:
+            raise Full(max(1.0, self.waiting_tokens / self._speed if self._speed else 1.0))
+        self._waiting[asked] = None
+        self.waiting_tokens += asked.tokens
+        self._open += 1
         self._idle.clear()
         self._arrived.set()
-        return await asked.answer
+        try:
+            return await asked.answer
+        finally:
+            self._leave(asked)  # at once where it was cancelled, or those who give up would fill the memory
+            self._open -= 1
+            if not self._open:
+                self._idle.set()
 
     async def drain(self) -> None:
         """Take no more, and wait until all that was taken has its answer."""
@@ -102,26 +102,31 @@ class Batcher:
         await self._idle.wait()
         if self._running is not None:
             self._running.cancel()
+            await asyncio.gather(self._running, return_exceptions=True)
 
     async def _run(self) -> None:
         while True:
-            batch = self._next()
-            if not batch:
-                self._idle.set()
+            if batch := self._next():
+                await self._answer(batch)
+            else:
                 self._arrived.clear()
                 await self._arrived.wait()
-                continue
-            await self._answer(batch)
+
+    def _leave(self, asked: _Asked) -> None:
+        """Take a request out of the queue, if it still waits."""
+        if asked in self._waiting:
+            del self._waiting[asked]
+            self.waiting_tokens -= asked.tokens
 
     def _next(self) -> list[_Asked]:
         """The requests at the head of the queue that fit one batch; those that were given up are left out."""
         batch: list[_Asked] = []
         tokens = 0
         while self._waiting:
-            head = self._waiting[0]
+            head = next(iter(self._waiting))
             if batch and tokens + head.tokens > self.batch_tokens:
                 break
-            self._waiting.popleft()
+            self._leave(head)
             if not head.answer.done():
                 batch.append(head)
                 tokens += head.tokens
@@ -135,7 +140,8 @@ class Batcher:
         except Exception as error:
             if isinstance(error, MechRewardError) and len(batch) > 1:  # one request's fault is not the others'
                 for asked in batch:
-                    await self._answer([asked])
+                    if not asked.answer.done():
+                        await self._answer([asked])
                 return
             for asked in batch:
                 if not asked.answer.done():
