@@ -89,10 +89,7 @@ class RewardClient:
             include=list(include),
         )
         found = await self._post("/score_tokens", content=asked, headers=JSON)
-        reply = self._understood(ScoreReply, found)
-        if len(reply.rewards) != len(response_ids):
-            raise ServiceError(f"{self.url} answered {len(reply.rewards)} rewards for {len(response_ids)} rollouts.")
-        return reply
+        return self._one_each(self._understood(ScoreReply, found), len(response_ids))
 
     async def get_reward(
         self, query: Sequence[str], prompts: Sequence[str], labels: Sequence[str | None] | None = None
@@ -109,10 +106,10 @@ class RewardClient:
             labels=None if labels is None else list(labels),
         )
         found = await self._post("/get_reward", content=asked, headers=JSON)
-        return self._understood(OpenRLHFReply, found)
+        return self._one_each(self._understood(OpenRLHFReply, found), len(query))
 
     async def push_weights(self, safetensors: bytes, version: str) -> WeightsReply:
-        """Push a policy's weights, as ``safetensors.torch.save(policy.state_dict())`` gives them.
+        """Push a policy's weights, as ``safetensors.torch.save`` writes its ``state_dict()`` without a tied head.
 
         Raises:
             ServiceError: The server does not take them.
@@ -126,6 +123,11 @@ class RewardClient:
         except ValidationError as error:
             said = error.errors()[0]["msg"]
             raise ServiceError(f"{self.url} does not answer as a reward server of this version ({said}).") from None
+
+    def _one_each(self, reply: Any, rollouts: int) -> Any:
+        if len(reply.rewards) != rollouts:
+            raise ServiceError(f"{self.url} answered {len(reply.rewards)} rewards for {rollouts} rollouts.")
+        return reply
 
     async def _post(self, route: str, **sent: Any) -> bytes:
         """The answer's body, after as many attempts as fit the deadline."""
