@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging.config
 import os
+import signal
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -70,12 +73,20 @@ def serve(
         model=model, packs=tuple(pack or ()), probes=tuple(probe or ()), weights=weight, verifier=verifier, mode=mode,
         guard=guard, aggregation=aggregation, dtype=dtype,
     )  # fmt: skip
+    logging.config.dictConfig(CONFIG)
+    logging.captureWarnings(True)
     build_reward(served)  # so that what cannot be served is said here, in one sentence
     app = create_app(served, Settings(token or None, live, batch_tokens, queue_tokens))
-    uvicorn.run(
-        app, host=host, port=port, ssl_certfile=tls_certificate, ssl_keyfile=tls_key, access_log=False,
-        log_config=CONFIG, timeout_graceful_shutdown=drain, server_header=False,
-    )  # fmt: skip
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn drains, and then raises the signal again
+    try:
+        uvicorn.run(
+            app, host=host, port=port, ssl_certfile=tls_certificate, ssl_keyfile=tls_key, access_log=False,
+            log_config=None, timeout_graceful_shutdown=drain, server_header=False,
+        )  # fmt: skip
+    finally:
+        app.state.worker.stop()
+        if app.state.worker.failure is not None:
+            raise app.state.worker.failure
 
 
 def _loopback(host: str) -> bool:

@@ -15,12 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from fastapi import FastAPI, Query, Request, Security
+from fastapi import FastAPI, HTTPException, Query, Request, Security
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from fastapi.security import HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from starlette.requests import ClientDisconnect
 
 from mechreward import pocket
 from mechreward.errors import ConfigError, MechRewardError
@@ -75,7 +74,7 @@ class Settings:
     max_body: int = 8 << 20
 
 
-class Refused(Exception):
+class Refused(HTTPException):
     """A request that gets an error's answer.
 
     Args:
@@ -85,16 +84,17 @@ class Refused(Exception):
     """
 
     def __init__(self, status: int, detail: str, wait: float | None = None):
-        super().__init__(detail)
-        self.status, self.detail, self.wait = status, detail, wait
+        headers = {} if wait is None else {"Retry-After": str(max(1, round(wait)))}
+        if status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
+        if status == 408:  # or the rest of the body would keep the connection
+            headers["Connection"] = "close"
+        super().__init__(status, detail, headers)
 
     @property
     def response(self) -> JSONResponse:
         """As it is sent."""
-        headers = {} if self.wait is None else {"Retry-After": str(max(1, round(self.wait)))}
-        if self.status == 401:
-            headers["WWW-Authenticate"] = "Bearer"
-        return JSONResponse({"detail": self.detail}, self.status, headers)
+        return JSONResponse({"detail": self.detail}, self.status_code, self.headers)
 
 
 class Metrics:
@@ -157,6 +157,7 @@ def create_app(served: Served, settings: Settings) -> FastAPI:
                 401: "The token is missing or wrong.",
                 408: "The body came too slowly.",
                 413: "The body, or the number of rollouts, is too large.",
+                415: "The body is not sent as JSON.",
                 422: "The request is not understood.",
                 429: "The queue is full: try again after Retry-After seconds.",
                 500: "The batch could not be scored.",
@@ -168,15 +169,13 @@ def create_app(served: Served, settings: Settings) -> FastAPI:
     bearer = [Security(HTTPBearer(auto_error=False, description="If the server has one."))]
     app.add_middleware(Gatekeeper, settings=settings, metrics=metrics)  # pyright: ignore[reportArgumentType]
 
-    @app.exception_handler(Refused)
-    async def refused(_: Request, error: Refused) -> Response:
-        return error.response
-
     @app.exception_handler(RequestValidationError)
-    async def misunderstood(_: Request, error: RequestValidationError) -> Response:
+    async def misunderstood(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         if first["type"] == "json_invalid":
             return Refused(400, f"The body is no JSON: {first['ctx']['error']}.").response
+        if first["loc"] == ("body",) and "json" not in request.headers.get("content-type", ""):
+            return Refused(415, "The body is not sent as JSON: give it Content-Type: application/json.").response
         where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"][1:])
         says = first["msg"].removeprefix("Value error, ")
         return Refused(422, f"{where.removeprefix('.') or 'The request'}: {says}.").response
@@ -218,8 +217,8 @@ def create_app(served: Served, settings: Settings) -> FastAPI:
 
     def from_text(prompt: str, response: str, label: str | None) -> Rollout:
         asked, answered = (tokenizer(text, add_special_tokens=False).input_ids for text in (prompt, response))
-        if not (asked and answered):
-            raise Refused(422, "A prompt or a response is empty, and so there is nothing to read.")
+        if not asked:
+            raise Refused(422, "A prompt is empty: send what the model was given.")
         return Rollout(asked, answered, label)
 
     @app.post("/get_reward", dependencies=bearer)
@@ -254,10 +253,13 @@ def create_app(served: Served, settings: Settings) -> FastAPI:
         """Take a policy's weights, as safetensors under the names of its ``state_dict()``."""
         if not settings.live:
             raise Refused(409, "This server reads frozen weights: start it with --live to push others.")
-        file = worker.folder / f"{uuid.uuid4().hex}.safetensors"
+        file, size = worker.folder / f"{uuid.uuid4().hex}.safetensors", 0
         try:
             with file.open("wb") as opened:
                 async for piece in request.stream():
+                    size += len(piece)
+                    if size > worker.limits.weights:
+                        raise Refused(413, "The file is larger than the weights of the server's model can be.")
                     await asyncio.to_thread(opened.write, piece)
             taken = await worker.load_weights(file, version)
         except BaseException as error:
@@ -335,14 +337,14 @@ async def unless_gone(request: Request, work: Awaitable[T]) -> T:
     """The work's result; cancelled where the client hangs up first.
 
     Raises:
-        ClientDisconnect: It did.
+        Refused: It did.
     """
     working = asyncio.ensure_future(work)
     leaving = asyncio.ensure_future(_disconnected(request))
     try:
         await asyncio.wait([working, leaving], return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
-            raise ClientDisconnect
+            raise Refused(GONE, "The client left before the answer.")
         return working.result()
     finally:
         working.cancel()
@@ -373,7 +375,7 @@ class Gatekeeper:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        began, status = time.perf_counter(), GONE
+        began, status = time.perf_counter(), 500
         scope.setdefault("state", {})
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
 
@@ -389,18 +391,14 @@ class Gatekeeper:
                 await self.app(scope, self._paced(scope, receive), tell)
             else:
                 await refusal.response(scope, receive, tell)
-        except Refused as refused:  # in the middle of a body
-            if status == GONE:
-                await refused.response(scope, receive, tell)
-        except ClientDisconnect:
-            pass
         finally:
             self._tell(scope, status, time.perf_counter() - began)
 
     def _refusal(self, path: str, headers: dict[str, str]) -> Refused | None:
         if self.settings.token is not None and path not in OPEN:
-            given = headers.get("authorization", "").removeprefix("Bearer ")
-            if not hmac.compare_digest(given.encode(), self.settings.token.encode()):
+            scheme, _, given = headers.get("authorization", "").partition(" ")
+            right = hmac.compare_digest(given.encode("latin-1"), self.settings.token.encode())
+            if not right or scheme.lower() != "bearer":
                 return Refused(401, "The bearer token is missing or wrong.")
         length = headers.get("content-length", "0")
         if path != "/weights" and length.isdigit() and int(length) > self.settings.max_body:
@@ -423,6 +421,8 @@ class Gatekeeper:
                 message = await asyncio.wait_for(receive(), PATIENCE)
             except TimeoutError:
                 raise Refused(408, f"Nothing more of the body came within {PATIENCE:.0f} s.") from None
+            if message["type"] == "http.disconnect":
+                raise Refused(GONE, "The client left in the middle of the body.")
             taken += len(message.get("body", b""))
             whole = not message.get("more_body", False)
             if scope["path"] != "/weights" and taken > self.settings.max_body:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import traceback
 from datetime import UTC, datetime
 from typing import Any
 
@@ -26,6 +27,11 @@ class JSONLines(logging.Formatter):
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return json.dumps(line)
+
+    def formatException(self, ei: Any) -> str:
+        """Where it was raised, and what; not its message, which may repeat what somebody sent."""
+        kind, _, frames = ei
+        return "".join(traceback.format_tb(frames)) + getattr(kind, "__name__", "")
 
 
 CONFIG: dict[str, Any] = {

@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+
+def _whole(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("holds half of a surrogate pair, which is no text") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_whole)]
+"""JSON can spell strings that no tokenizer takes, and that no answer could repeat."""
 
 Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 Detail = Literal["token_rewards", "features", "flags"]
@@ -27,7 +39,7 @@ class ScoreRequest(_Checked):
 
     prompt_ids: Annotated[list[Ids], Field(min_length=1)]
     response_ids: Annotated[list[Ids], Field(min_length=1)]
-    labels: list[str | None] | None = None
+    labels: list[Text | None] | None = None
     num_generations: Annotated[int, Field(ge=1)] = 1
     include: list[Detail] = []
 
@@ -71,9 +83,9 @@ class OpenRLHFRequest(_Checked):
         labels: Their right answers.
     """
 
-    query: Annotated[list[str], Field(min_length=1)]
-    prompts: Annotated[list[str], Field(min_length=1)]
-    labels: list[str | None] | None = None
+    query: Annotated[list[Text], Field(min_length=1)]
+    prompts: Annotated[list[Text], Field(min_length=1)]
+    labels: list[Text | None] | None = None
 
     @model_validator(mode="after")
     def _one_row_each(self) -> OpenRLHFRequest:
@@ -100,9 +112,9 @@ class OpenRLHFReply(_Checked):
 class SlimeRequest(_Checked):
     """``POST /slime``, as slime's remote reward model sends it; the answer is a bare number."""
 
-    prompt: str
-    response: str
-    label: str | None = None
+    prompt: Text
+    response: Text
+    label: Text | None = None
 
 
 class WeightsReply(_Checked):

@@ -17,7 +17,7 @@ from mechreward.hacking.detectors import Guard
 from mechreward.readout import Readings
 from mechreward.reward.aggregation import aggregation
 from mechreward.reward.base import Reward
-from mechreward.reward.composition import CompositeReward
+from mechreward.reward.composition import CompositeReward, labels
 from mechreward.reward.feature_reward import FeatureReward, lowered
 from mechreward.reward.outcome import OutcomeReward
 from mechreward.rollout.batch import RolloutBatch
@@ -62,10 +62,12 @@ class ModelLimits:
     Attributes:
         longest: Tokens, prompt and response together, if it says.
         vocabulary: Token ids lie below.
+        weights: Bytes that a file of its weights may have, in whatever precision.
     """
 
     longest: int | None
     vocabulary: int
+    weights: int
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,8 @@ class Scorer:
         """What the model can take."""
         config = self.model.config.get_text_config()
         longest = getattr(config, "max_position_embeddings", None)
-        return ModelLimits(longest if isinstance(longest, int) else None, config.vocab_size)
+        weights = (1 << 20) + 8 * sum(tensor.numel() for tensor in self.model.state_dict().values())
+        return ModelLimits(longest if isinstance(longest, int) else None, config.vocab_size, weights)
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Score]:
         """Score rollouts; groups must be whole."""
@@ -186,9 +189,10 @@ class Scorer:
     def _columns(self, readings: Any) -> dict[str, Tensor]:
         """Each reward's columns, averaged over each rollout's tokens, ``[B]`` each."""
         found = {}
-        for part in _features(self.reward):
-            means = over_tokens(readings[part.request], aggregation("mean"))
-            found |= {f"{part.__name__}/{label}": means[:, k] for k, label in enumerate(part.readout.labels)}
+        for name, part in zip(labels(self.reward.rewards), self.reward.rewards, strict=True):
+            if isinstance(part, FeatureReward):
+                means = over_tokens(readings[part.request], aggregation("mean"))
+                found |= {f"{name}/{label}": means[:, k] for k, label in enumerate(part.readout.labels)}
         return found
 
     def load_weights(self, file: Path, version: str) -> int:
@@ -196,7 +200,7 @@ class Scorer:
 
         Args:
             file: Safetensors, under the names of the model's own ``state_dict``. Tied weights may be left out, and so
-                may what comes after the deepest layer that is read.
+                may the head, which no reading looks at.
             version: What replies call it from now on.
 
         Returns:

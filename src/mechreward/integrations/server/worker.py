@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import logging.config
 import multiprocessing
 import signal
 from collections.abc import Sequence
@@ -13,10 +14,16 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import transformers
+
 from mechreward.errors import MechRewardError, ServiceError
+from mechreward.integrations.server.log import CONFIG
 from mechreward.integrations.server.scorer import INITIAL, ModelLimits, Rollout, Score, Scorer, Served
 
 logger = logging.getLogger(__name__)
+
+PAUSE = 5.0
+"""Seconds between two attempts to start a worker that cannot be started."""
 
 
 class WorkerDied(Exception):
@@ -36,12 +43,14 @@ class Worker:
     def __init__(self, served: Served, folder: Path):
         self.served, self.folder = served, folder
         self.restarts = 0
+        self.failure: MechRewardError | None = None
         self.ready = False
         self.version = INITIAL
-        self.limits = ModelLimits(None, 0)
+        self.limits = ModelLimits(None, 0, 0)
         self._pushed: tuple[Path, str] | None = None
         self._process: Any = None
-        self._connection: Connection | None = None
+        self._connection: Any = None
+        self._reviving: asyncio.Task[None] | None = None
         self._turn = asyncio.Lock()
         self._thread = ThreadPoolExecutor(1, "worker")
 
@@ -53,18 +62,22 @@ class Worker:
             WorkerDied: It died over it.
         """
         async with self._turn:
-            await self._start()
+            try:
+                await self._start()
+            except MechRewardError as error:
+                self.failure = error
+                raise
 
     async def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_work, args=(theirs, self.served), name="mechreward-worker", daemon=True)
-        await self._in_thread(self._process.start)
+        process = context.Process(target=_work, args=(theirs, self.served), name="mechreward-worker", daemon=True)
+        await self._in_thread(process.start)
         theirs.close()
-        self.limits = await self._answer()
+        self._process = process
+        self.limits = await self._in_thread(self._exchange)
         if self._pushed is not None:
-            self._send("load_weights", *self._pushed)
-            await self._answer()
+            await self._in_thread(self._exchange, ("load_weights", self._pushed))
         self.ready = True
 
     async def score(self, rollouts: Sequence[Rollout]) -> list[Score]:
@@ -89,59 +102,74 @@ class Worker:
 
     async def _ask(self, what: str, *given: Any) -> Any:
         async with self._turn:
-            if not self.ready or not self._process.is_alive():
-                await self._start_again()
             try:
-                self._send(what, *given)
-                return await self._answer()
-            except WorkerDied:
-                self.ready = False
+                if not self.ready or not self._process.is_alive():
+                    await self._start_again()
+                return await self._in_thread(self._exchange, (what, given))
+            except MechRewardError:
                 raise
+            except BaseException:  # it died; or nobody waits for its answer, which the next one must not get
+                self.ready = False
+                self._reviving = asyncio.create_task(self._revive())
+                raise
+
+    async def _revive(self) -> None:
+        """Start the worker although nobody asks: while ``/readyz`` says no, nobody will."""
+        while True:
+            async with self._turn:
+                if self.ready:
+                    return
+                with contextlib.suppress(WorkerDied):
+                    return await self._start_again()
+            await asyncio.sleep(PAUSE)
 
     async def _start_again(self) -> None:
         self.restarts += 1
+        self._end()
         logger.warning("The worker has died (exit code %s): starting another.", self._process.exitcode)
-        self.stop()
         try:
             await self._start()
         except MechRewardError as error:
             raise WorkerDied(str(error)) from error
 
-    def _send(self, what: str, *given: Any) -> None:
-        assert self._connection is not None
+    def _exchange(self, question: tuple[str, Sequence[Any]] | None = None) -> Any:
+        """Send, and wait for the answer: in a thread, since both may block."""
         try:
-            self._connection.send((what, given))
-        except OSError as error:
-            raise WorkerDied from error
-
-    async def _answer(self) -> Any:
-        assert self._connection is not None
-        try:
-            found = await self._in_thread(self._connection.recv)
+            if question is not None:
+                self._connection.send(question)
+            found = self._connection.recv()
         except (EOFError, OSError) as error:
             raise WorkerDied from error
         if isinstance(found, MechRewardError):
             raise found
         return found
 
-    async def _in_thread(self, call: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, call)
+    async def _in_thread(self, call: Any, *given: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, call, *given)
 
     def stop(self) -> None:
-        """End the process."""
+        """End the process, for good."""
+        if self._reviving is not None:
+            self._reviving.cancel()
+        self._end()
+        self._thread.shutdown(wait=False)
+
+    def _end(self) -> None:
         self.ready = False
-        if self._process is not None and self._process.is_alive():
-            self._process.terminate()
+        if self._process is not None:
+            self._process.kill()  # there is nothing that it would have to save
             self._process.join(5)
-            self._process.kill()
         if self._connection is not None:
             self._connection.close()
 
 
 def _work(connection: Connection, served: Served) -> None:
     """The worker process: loads, then answers one question after the other until the server is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the server drains first
-    logging.basicConfig(level=logging.WARNING)
+    for number in (signal.SIGINT, signal.SIGTERM):  # may reach the whole group; the server drains, then ends us
+        signal.signal(number, signal.SIG_IGN)
+    logging.config.dictConfig(CONFIG)
+    logging.captureWarnings(True)
+    transformers.utils.logging.disable_progress_bar()  # it is no line of JSON
     try:
         scorer = Scorer(served)
     except MechRewardError as error:
