@@ -7,11 +7,11 @@ import time
 from mechreward.errors import ConfigError
 
 
-def work(connection, served):
+def work(connection, served, _folder):
     """In the place of the server's `_work`; ``served`` is a folder, where each start leaves a file."""
     starts = len(os.listdir(served))
     (served / str(starts)).touch()
-    if (served / "broken").exists() and starts > 1:
+    if (served / "broken").exists():
         connection.send(ConfigError("It cannot be loaded."))
         return
     connection.send(f"limits of {starts}")

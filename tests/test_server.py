@@ -24,14 +24,16 @@ import mechreward as mr
 import stand_in
 from by_hand import saelens
 from mechreward.errors import ConfigError
+from mechreward.hacking.adversarial import AdversarialSuite
 from mechreward.integrations.server import app as server
 from mechreward.integrations.server import worker as worker_module
-from mechreward.integrations.server.scorer import Rollout, Served
+from mechreward.integrations.server.scorer import Rollout, Scorer, Served
 from mechreward.integrations.server.worker import Worker, WorkerDied
 from mechreward.pocket.questions import questions
 from serving import (
     DEADLY,
     POISON,
+    MadeUpWorker,
     Process,
     answer_on,
     head,
@@ -652,6 +654,65 @@ def test_a_worker_that_refuses_goes_on_and_one_that_cannot_start_again_is_tried_
         assert await worker.score(["a"]) == ("a", "initial")
 
     played(worker, play)
+
+
+def test_a_worker_that_cannot_be_started_says_why(worker):
+    (worker.served / "broken").touch()
+
+    async def start():
+        await worker.start()
+
+    with pytest.raises(ConfigError, match=r"It cannot be loaded\."):
+        asyncio.run(start())
+    assert str(worker.failure) == "It cannot be loaded."
+    worker.stop()
+
+
+def test_the_command_line_says_so_in_one_sentence(monkeypatch):
+    from mechreward.cli import app
+
+    class Broken(MadeUpWorker):
+        async def start(self):
+            self.failure = ConfigError("It cannot be loaded.")
+            raise self.failure
+
+    handler = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(server, "Worker", Broken)
+    monkeypatch.setattr("logging.config.dictConfig", lambda _: None)
+    monkeypatch.setattr("logging.captureWarnings", lambda _: None)
+    try:
+        refused = CliRunner().invoke(
+            app, ["serve", "--model", "mechreward/pocket", "--pack", "pocket/reasoning_pack", "--port", "0"]
+        )
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert refused.exit_code == 2 and "Error: It cannot be loaded." in refused.stderr
+
+
+# -- guards ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore::mechreward.errors.CandidateWarning")
+def test_what_a_guard_has_learned_outlives_the_worker(monkeypatch, tmp_path):
+    of = AdversarialSuite.from_preset
+    monkeypatch.setattr(AdversarialSuite, "from_preset", lambda name: of(name, clean=200))
+    served = Served("mechreward/pocket", ("pocket/reasoning_pack",), guard="text_only")
+    generator = torch.Generator().manual_seed(0)
+    rollouts = [
+        Rollout([1, 5], torch.randint(3, 50, (int(length),), generator=generator).tolist())
+        for length in torch.randint(5, 15, (240,), generator=generator)
+    ]
+    batches = [rollouts[start : start + 40] for start in range(0, 240, 40)]
+    through = Scorer(served)
+    expected = [through.score(batch) for batch in batches]
+    again, found = None, []
+    for batch in batches:
+        again = Scorer(served, tmp_path / "guards.json")  # every batch another worker's
+        found.append(again.score(batch))
+    assert again is not None and again.reward.guards and through.reward.guards
+    assert again.reward.guards[0].thresholds == through.reward.guards[0].thresholds
+    assert len(through.reward.guards[0].thresholds) > 2
+    assert found == expected and not (tmp_path / "guards.part").exists()
 
 
 # -- all of it, on pocket ----------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -106,13 +107,15 @@ class Scorer:
 
     Args:
         served: What to load.
+        memory: File for what guards learn of the first rollouts, which another scorer goes on with: it would else
+            learn what is usual from a policy that is trained already.
 
     Raises:
         MechRewardError: Something cannot be loaded, or does not fit the model.
     """
 
-    def __init__(self, served: Served):
-        self.served, self.version = served, INITIAL
+    def __init__(self, served: Served, memory: Path | None = None):
+        self.served, self.version, self.memory = served, INITIAL, memory
         self.model, self.tokenizer = load_model(served.model, getattr(torch, served.dtype))
         self.reward = build_reward(served)
         for part in _features(self.reward):
@@ -125,6 +128,8 @@ class Scorer:
         # Whatever a reward reads, the server has one model: a frozen copy, or a live one where weights are pushed.
         self.source = HFSource(self.model, self.tokenizer, reference=self.model)
         self.ends = end_tokens(self.model, self.tokenizer)
+        if memory is not None and memory.exists():
+            self.reward.load_state_dict(json.loads(memory.read_text()))
 
     @property
     def limits(self) -> ModelLimits:
@@ -140,7 +145,17 @@ class Scorer:
         for size in {rollout.group for rollout in rollouts}:  # guards compare within groups, and those are of one size
             rows = [row for row, rollout in enumerate(rollouts) if rollout.group == size]
             scores |= zip(rows, self._score([rollouts[row] for row in rows]), strict=True)
+        self._remember()
         return [scores[row] for row in range(len(rollouts))]
+
+    def _remember(self) -> None:
+        """Keep what the guards know after this batch, until they have learned all."""
+        if self.memory is not None and self.reward.guards:
+            part = self.memory.with_suffix(".part")
+            part.write_text(json.dumps(self.reward.state_dict()))
+            part.replace(self.memory)
+            if all(guard.thresholds for guard in self.reward.guards):  # pyright: ignore[reportAttributeAccessIssue]
+                self.memory = None
 
     @torch.no_grad()
     def _score(self, rollouts: Sequence[Rollout]) -> list[Score]:

@@ -33,11 +33,11 @@ class WorkerDied(Exception):
 class Worker:
     """Asks the worker process, one thing at a time, and starts another where it has died.
 
-    Pushed weights are kept in ``folder``, since a worker that starts anew must go on with them.
+    Pushed weights and what guards have learned are kept in ``folder``: a worker that starts anew goes on with them.
 
     Args:
         served: What it loads.
-        folder: For pushed weights.
+        folder: For what is kept.
     """
 
     def __init__(self, served: Served, folder: Path):
@@ -71,7 +71,9 @@ class Worker:
     async def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        process = context.Process(target=_work, args=(theirs, self.served), name="mechreward-worker", daemon=True)
+        process = context.Process(
+            target=_work, args=(theirs, self.served, self.folder), name="mechreward-worker", daemon=True
+        )
         await self._in_thread(process.start)
         theirs.close()
         self._process = process
@@ -163,7 +165,7 @@ class Worker:
             self._connection.close()
 
 
-def _work(connection: Connection, served: Served) -> None:
+def _work(connection: Connection, served: Served, folder: Path) -> None:
     """The worker process: loads, then answers one question after the other until the server is gone."""
     for number in (signal.SIGINT, signal.SIGTERM):  # may reach the whole group; the server drains, then ends us
         signal.signal(number, signal.SIG_IGN)
@@ -171,7 +173,7 @@ def _work(connection: Connection, served: Served) -> None:
     logging.captureWarnings(True)
     transformers.utils.logging.disable_progress_bar()  # it is no line of JSON
     try:
-        scorer = Scorer(served)
+        scorer = Scorer(served, folder / "guards.json")
     except MechRewardError as error:
         connection.send(error)
         return
