@@ -350,6 +350,7 @@ def test_beyond_loopback_the_command_line_demands_a_token(monkeypatch, host):
     assert refused.exit_code == 2 and "MECHREWARD_TOKEN" in refused.stderr
 
 
+@pytest.mark.filterwarnings("ignore::mechreward.errors.CandidateWarning")
 @pytest.mark.parametrize("host, open_to", [("127.0.0.1", None), ("::1", None), ("localhost", None), ("0.0.0.0", "t")])
 def test_on_loopback_or_with_a_token_it_serves(monkeypatch, host, open_to):
     import uvicorn
@@ -668,6 +669,7 @@ def test_a_worker_that_cannot_be_started_says_why(worker):
     worker.stop()
 
 
+@pytest.mark.filterwarnings("ignore::mechreward.errors.CandidateWarning")
 def test_the_command_line_says_so_in_one_sentence(monkeypatch):
     from mechreward.cli import app
 

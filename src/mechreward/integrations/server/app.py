@@ -17,7 +17,7 @@ from typing import Annotated, Any, TypeVar
 
 from fastapi import FastAPI, HTTPException, Query, Request, Security
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from fastapi.responses import JSONResponse, Response
 from fastapi.security import HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -166,7 +166,7 @@ def create_app(served: Served, settings: Settings) -> FastAPI:
         },
     )
     app.state.worker, app.state.batcher = worker, batcher
-    bearer = [Security(HTTPBearer(auto_error=False, description="If the server has one."))]
+    bearer = [Security(HTTPBearer(auto_error=False))] if settings.token else []  # for the schema; see Gatekeeper
     app.add_middleware(Gatekeeper, settings=settings, metrics=metrics)  # pyright: ignore[reportArgumentType]
 
     @app.exception_handler(RequestValidationError)
@@ -284,7 +284,7 @@ def create_app(served: Served, settings: Settings) -> FastAPI:
             raise Refused(503, "The worker is starting, or the server is stopping.", RESTART)
         return {"status": "ready", "version": worker.version}
 
-    @app.get("/metrics", dependencies=bearer, response_class=PlainTextResponse)
+    @app.get("/metrics", dependencies=bearer, responses={200: {"content": {"text/plain": {}}}})
     async def metrics_() -> Response:
         """For Prometheus."""
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
