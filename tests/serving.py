@@ -88,6 +88,7 @@ def in_thread(monkeypatch, served=SERVED, options=None, **settings):
     worker = MadeUpWorker.latest
     config = uvicorn.Config(made, "127.0.0.1", 0, log_config=None, access_log=False, **(options or {}))
     running = uvicorn.Server(config)
+    worker.shut_down = lambda: setattr(running, "should_exit", True)
     thread = threading.Thread(target=running.run)
     thread.start()
     try:
@@ -96,7 +97,7 @@ def in_thread(monkeypatch, served=SERVED, options=None, **settings):
         yield f"http{'s' if config.is_ssl else ''}://127.0.0.1:{port}", worker
     finally:
         worker.paused = False
-        running.should_exit = True
+        worker.shut_down()
         thread.join()
 
 
@@ -169,8 +170,8 @@ def raw(client):
     return socket.create_connection((client.base_url.host, client.base_url.port), timeout=60)
 
 
-def head(length, route="/score_tokens"):
-    lines = [f"POST {route} HTTP/1.1", "Host: x", "Content-Type: application/json", f"Content-Length: {length}"]
+def head(length, route="/score_tokens", kind="application/json"):
+    lines = [f"POST {route} HTTP/1.1", "Host: x", f"Content-Type: {kind}", f"Content-Length: {length}"]
     return "\r\n".join([*lines, "", ""]).encode()
 
 

@@ -106,6 +106,7 @@ def test_a_call_sends_the_request_and_the_token_and_understands_the_reply():
             "include": ["flags"],
         }
         assert pushed[0] == "POST /weights?version=step-7" and pushed[2] == b"weights"
+        assert pushed[1]["content-type"] == "application/octet-stream"
         assert text[0] == "POST /get_reward"
         assert json.loads(text[2]) == {"query": ["ab"], "prompts": ["a"], "labels": ["b"]}
 

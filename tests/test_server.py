@@ -46,6 +46,7 @@ from serving import (
     until,
 )  # fmt: skip
 
+BYTES = {"Content-Type": "application/octet-stream"}
 CATALOG = Path(mr.__file__).parent / "catalogs" / "pocket"
 
 ASK = {"prompt_ids": [[1, 2, 3], [4]], "response_ids": [[5, 6, 7], [8, 9]]}
@@ -352,20 +353,26 @@ def test_beyond_loopback_the_command_line_demands_a_token(monkeypatch, host):
 
 @pytest.mark.filterwarnings("ignore::mechreward.errors.CandidateWarning")
 @pytest.mark.parametrize("host, open_to", [("127.0.0.1", None), ("::1", None), ("localhost", None), ("0.0.0.0", "t")])
-def test_on_loopback_or_with_a_token_it_serves(monkeypatch, host, open_to):
+def test_on_loopback_or_with_a_token_it_serves(monkeypatch, tmp_path, host, open_to):
     import uvicorn
 
     from mechreward.cli import app
 
     ran = []
-    monkeypatch.setattr(uvicorn, "run", lambda made, **options: ran.append(options["host"]))
+    monkeypatch.setattr(uvicorn, "run", lambda made, **options: ran.append(options))
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     monkeypatch.setattr("logging.config.dictConfig", lambda _: None)
     monkeypatch.setattr("logging.captureWarnings", lambda _: None)
     monkeypatch.setenv("MECHREWARD_TOKEN", open_to or "")
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    key.touch()
+    certificate.touch()
     arguments = ["serve", "--model", "mechreward/pocket", "--pack", "pocket/reasoning_pack", "--host", host]
+    arguments += ["--port", "1234", "--tls-key", str(key), "--tls-certificate", str(certificate), "--drain", "7"]
     assert CliRunner().invoke(app, arguments).exit_code == 0
-    assert ran == [host]
+    (options,) = ran
+    assert (options["host"], options["port"], options["timeout_graceful_shutdown"]) == (host, 1234, 7)
+    assert (options["ssl_keyfile"], options["ssl_certfile"]) == (key, certificate)
 
 
 @pytest.mark.parametrize(
@@ -465,6 +472,19 @@ def test_a_client_that_leaves_the_queue_is_not_computed(plain):
     assert gone(client) == before + 1
 
 
+def test_a_drain_whose_time_is_over_tells_those_who_still_wait(monkeypatch):
+    with (
+        in_thread(monkeypatch, options={"timeout_graceful_shutdown": 0}) as (url, worker),
+        http(url) as client,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        worker.paused = True
+        waiting = pool.submit(client.post, "/score_tokens", json=ASK)
+        until(lambda: worker.batches)
+        worker.shut_down()
+        assert waiting.result().status_code == 503 and "ask another one" in waiting.result().json()["detail"]
+
+
 def test_nonsense_on_the_wire_is_refused(plain):
     client, _ = plain
     for nonsense in (b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n", head("x")):
@@ -538,17 +558,20 @@ def test_pushed_weights_need_a_version_and_a_right_file_and_leave_nothing_behind
     with in_thread(monkeypatch, live=True) as (url, worker), http(url) as client:
         for version in (None, "", "a b", "x" * 65, "../up", "ü\n"):
             params = {} if version is None else {"version": version}
-            assert client.post("/weights", params=params, content=b"weights").status_code == 422
-        refused = client.post("/weights", params={"version": "2"}, content=b"junk")
+            assert client.post("/weights", params=params, content=b"weights", headers=BYTES).status_code == 422
+        for other in ({}, {"Content-Type": "text/plain"}, {"Content-Type": "multipart/form-data"}):
+            refused = client.post("/weights", params={"version": "2"}, content=b"weights", headers=other)
+            assert refused.status_code == 415 and "application/octet-stream" in refused.json()["detail"]
+        refused = client.post("/weights", params={"version": "2"}, content=b"junk", headers=BYTES)
         assert refused.status_code == 422 and refused.json() == {"detail": "These are no weights."}
-        refused = client.post("/weights", params={"version": "2"}, content=b"x" * (2 << 20))
+        refused = client.post("/weights", params={"version": "2"}, content=b"x" * (2 << 20), headers=BYTES)
         assert refused.status_code == 413 and worker.version == "initial"
         with raw(client) as connection:  # who leaves in the middle of a file leaves no file
-            connection.sendall(head(1000, "/weights?version=2") + b"x" * 100)
+            connection.sendall(head(1000, "/weights?version=2", *BYTES.values()) + b"x" * 100)
             until(lambda: list(worker.folder.iterdir()))
         until(lambda: not list(worker.folder.iterdir()))
         assert measured(client)["weight_pushes_total",] == 0
-        taken = client.post("/weights", params={"version": "step-2.1"}, content=b"weights")
+        taken = client.post("/weights", params={"version": "step-2.1"}, content=b"weights", headers=BYTES)
         assert taken.json() == {"version": "step-2.1", "tensors": 1}
         assert measured(client)["weight_pushes_total",] == 1 and client.get("/readyz").json()["version"] == "step-2.1"
 
@@ -629,10 +652,12 @@ def test_a_worker_that_was_killed_while_idle_is_started_again_for_the_next_reque
 
 def test_an_answer_that_nobody_waits_for_is_not_given_to_the_next(worker):
     async def play():
-        left = asyncio.create_task(worker.score(["dawdle"]))
-        await asyncio.sleep(0.1)
-        left.cancel()
+        for command in ("dawdle", "a"):
+            left = asyncio.create_task(worker.score([command]))
+            await asyncio.sleep(0.1)
+            left.cancel()
         assert await worker.score(["b"]) == ("b", "initial")
+        assert worker.restarts == 0
 
     played(worker, play)
 
@@ -691,14 +716,15 @@ def test_the_command_line_says_so_in_one_sentence(monkeypatch):
     assert refused.exit_code == 2 and "Error: It cannot be loaded." in refused.stderr
 
 
-# -- guards ------------------------------------------------------------------------------------------------------------
+# -- outcomes and guards -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("ignore::mechreward.errors.CandidateWarning")
-def test_what_a_guard_has_learned_outlives_the_worker(monkeypatch, tmp_path):
+@pytest.mark.parametrize("guard", ["text_only", "standard"])
+def test_what_a_guard_has_learned_outlives_the_worker(monkeypatch, tmp_path, guard):
     of = AdversarialSuite.from_preset
     monkeypatch.setattr(AdversarialSuite, "from_preset", lambda name: of(name, clean=200))
-    served = Served("mechreward/pocket", ("pocket/reasoning_pack",), guard="text_only")
+    served = Served("mechreward/pocket", ("pocket/reasoning_pack",), guard=guard)
     generator = torch.Generator().manual_seed(0)
     rollouts = [
         Rollout([1, 5], torch.randint(3, 50, (int(length),), generator=generator).tolist())
@@ -715,6 +741,23 @@ def test_what_a_guard_has_learned_outlives_the_worker(monkeypatch, tmp_path):
     assert again.reward.guards[0].thresholds == through.reward.guards[0].thresholds
     assert len(through.reward.guards[0].thresholds) > 2
     assert found == expected and not (tmp_path / "guards.part").exists()
+
+
+@pytest.mark.filterwarnings("ignore::mechreward.errors.CandidateWarning")
+def test_a_verifier_judges_by_the_labels_and_may_gate_the_features(rollouts):
+    prompts, responses = ([ids[k] for k in (0, 1, 2, 9)] for ids in rollouts)
+    answers = [q.answer for q in itertools.islice(questions("gate", 0, "reasoning"), 12)]
+    labels, right = [answers[0], "-1", answers[2], "-1"], torch.tensor([1.0, 0.0, 1.0, 0.0])
+    asked = [Rollout(*row) for row in zip(prompts, responses, labels, strict=True)]
+
+    def rewards(**options):
+        served = Served("mechreward/pocket", ("pocket/reasoning_pack",), **options)
+        return torch.tensor([score.reward for score in Scorer(served).score(asked)])
+
+    features = rewards()
+    torch.testing.assert_close(rewards(verifier="gsm8k"), features + right)
+    torch.testing.assert_close(rewards(verifier="gsm8k", mode="gated"), right * (features + 1))
+    torch.testing.assert_close(rewards(verifier="gsm8k", weights=[0.5]), 0.5 * features + right)
 
 
 # -- all of it, on pocket ----------------------------------------------------------------------------------------------
@@ -870,7 +913,7 @@ def test_pushed_weights_are_read_and_echoed_and_what_does_not_fit_changes_nothin
 
     def push(content, version):
         content = content if isinstance(content, bytes) else save(content)
-        return client.post("/weights", params={"version": version}, content=content)
+        return client.post("/weights", params={"version": version}, content=content, headers=BYTES)
 
     with http(real.url, TOKEN) as client:
         before = scored(client, *rollouts)

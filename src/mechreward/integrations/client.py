@@ -25,6 +25,7 @@ from mechreward.retry import BUSY, wait_asked_for
 from mechreward.schema import most_telling, sentence
 
 JSON = {"Content-Type": "application/json"}
+BYTES = {"Content-Type": "application/octet-stream"}
 
 
 class RewardClient:
@@ -114,7 +115,7 @@ class RewardClient:
         Raises:
             ServiceError: The server does not take them.
         """
-        found = await self._post("/weights", content=safetensors, params={"version": version})
+        found = await self._post("/weights", content=safetensors, headers=BYTES, params={"version": version})
         return self._understood(WeightsReply, found)
 
     def _understood(self, kind: Any, found: bytes) -> Any:

@@ -43,6 +43,9 @@ T = TypeVar("T")
 OPEN = frozenset({"/healthz", "/readyz", "/docs", "/openapi.json"})
 """Routes that need no token: they tell nothing of anybody's rollouts."""
 
+BYTES = "application/octet-stream"
+"""Content type of pushed weights."""
+
 GONE = 499
 """Status in logs and metrics of a request whose client left before the answer (nginx's)."""
 
@@ -157,7 +160,7 @@ def create_app(served: Served, settings: Settings) -> FastAPI:
                 401: "The token is missing or wrong.",
                 408: "The body came too slowly.",
                 413: "The body, or the number of rollouts, is too large.",
-                415: "The body is not sent as JSON.",
+                415: "The body is not sent as what it is.",
                 422: "The request is not understood.",
                 429: "The queue is full: try again after Retry-After seconds.",
                 500: "The batch could not be scored.",
@@ -245,7 +248,7 @@ def create_app(served: Served, settings: Settings) -> FastAPI:
         "/weights",
         dependencies=bearer,
         responses={409: {"model": Problem, "description": "The server's weights are frozen."}},
-        openapi_extra={"requestBody": {"content": {"application/octet-stream": {}}, "required": True}},
+        openapi_extra={"requestBody": {"content": {BYTES: {}}, "required": True}},
     )
     async def weights(
         request: Request, version: Annotated[str, Query(pattern=r"^[\w.-]{1,64}$", description="Echoed in replies.")]
@@ -253,6 +256,8 @@ def create_app(served: Served, settings: Settings) -> FastAPI:
         """Take a policy's weights, as safetensors under the names of its ``state_dict()``."""
         if not settings.live:
             raise Refused(409, "This server reads frozen weights: start it with --live to push others.")
+        if request.headers.get("content-type") != BYTES:  # which no other site's page can have a browser send
+            raise Refused(415, f"The weights are not sent as bytes: give them Content-Type: {BYTES}.")
         file, size = worker.folder / f"{uuid.uuid4().hex}.safetensors", 0
         try:
             with file.open("wb") as opened:
@@ -346,6 +351,8 @@ async def unless_gone(request: Request, work: Awaitable[T]) -> T:
         if not working.done():
             raise Refused(GONE, "The client left before the answer.")
         return working.result()
+    except asyncio.CancelledError:
+        raise Refused(503, "The server had to stop before the answer: ask another one.", RESTART) from None
     finally:
         working.cancel()
         leaving.cancel()

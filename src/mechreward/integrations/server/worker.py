@@ -108,9 +108,7 @@ class Worker:
                 if not self.ready or not self._process.is_alive():
                     await self._start_again()
                 return await self._in_thread(self._exchange, (what, given))
-            except MechRewardError:
-                raise
-            except BaseException:  # it died; or nobody waits for its answer, which the next one must not get
+            except WorkerDied:
                 self.ready = False
                 self._reviving = asyncio.create_task(self._revive())
                 raise
@@ -135,7 +133,7 @@ class Worker:
             raise WorkerDied(str(error)) from error
 
     def _exchange(self, question: tuple[str, Sequence[Any]] | None = None) -> Any:
-        """Send, and wait for the answer: in a thread, since both may block."""
+        """Send, and wait for the answer: both in the thread, so that they are never parted, whoever gives up."""
         try:
             if question is not None:
                 self._connection.send(question)
