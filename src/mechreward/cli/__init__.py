@@ -1,4 +1,4 @@
-"""The command line: ``mechreward packs``, ``discover``, ``gate``, ``features``, ``probe``, ``redteam``."""
+"""The command line: ``mechreward packs``, ``discover``, ``gate``, ``features``, ``probe``, ``redteam``, ``serve``."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from mechreward.cli.find import discover, gate
 from mechreward.cli.packs import packs
 from mechreward.cli.probe import probe
 from mechreward.cli.redteam import redteam
+from mechreward.cli.serve import serve
 from mechreward.errors import MechRewardError
 
 
@@ -32,6 +33,7 @@ app = typer.Typer(cls=OneSentence, no_args_is_help=True, pretty_exceptions_enabl
 app.command()(discover)
 app.command()(gate)
 app.command()(redteam)
+app.command()(serve)
 app.add_typer(packs, name="packs")
 app.add_typer(features, name="features")
 app.add_typer(probe, name="probe")

@@ -158,7 +158,7 @@ class CompositeReward(Reward):
         values = torch.stack([s.values for s in scores])  # [parts, B]
         combined = {"sum": self._sum, "hero": self._hero, "gated": self._gated}[self.mode](values, batch)
         parts, metrics = {}, {}
-        for label, weight, s in zip(_labels(self.rewards), self.weights, scores, strict=True):
+        for label, weight, s in zip(labels(self.rewards), self.weights, scores, strict=True):
             parts[label] = s.values
             parts |= {f"{label}/{name}": part for name, part in s.parts.items()}
             metrics |= {f"{label}/{name}": metric for name, metric in s.metrics.items()}
@@ -230,15 +230,15 @@ def is_dense(reward: Reward) -> bool:
     return any(getattr(part, "aggregation", "") == "per_token" for part in all_within([reward]))
 
 
-def _labels(rewards: Sequence[Reward]) -> list[str]:
+def labels(rewards: Sequence[Reward]) -> list[str]:
     """The rewards' names for the logs; a name's second use becomes ``name_2``."""
     seen: Counter[str] = Counter()
-    labels = []
+    found = []
     for reward in rewards:
         seen[reward.__name__] += 1
         count = seen[reward.__name__]
-        labels.append(reward.__name__ if count == 1 else f"{reward.__name__}_{count}")
-    return labels
+        found.append(reward.__name__ if count == 1 else f"{reward.__name__}_{count}")
+    return found
 
 
 def _unit_within(features: Tensor, members: Tensor) -> Tensor:

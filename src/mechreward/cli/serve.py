@@ -1,0 +1,98 @@
+"""``mechreward serve``."""
+
+from __future__ import annotations
+
+import logging.config
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+TOKEN = "MECHREWARD_TOKEN"
+"""Environment variable with the bearer token: an argument would show in the list of processes."""
+
+
+def serve(
+    model: Annotated[str, typer.Option(help="The model that reads: a hub id or a folder.")],
+    pack: Annotated[list[str] | None, typer.Option(help="A pack to reward by; may be repeated.")] = None,
+    probe: Annotated[list[str] | None, typer.Option(help="A probe to reward by; may be repeated.")] = None,
+    weight: Annotated[list[float] | None, typer.Option(help="One for each pack, then for each probe.")] = None,
+    verifier: Annotated[str | None, typer.Option(help="Judge outcomes by requests' labels, e.g. math_boxed.")] = None,
+    mode: Annotated[str, typer.Option(help="sum, or gated: features count only where the verifier passes.")] = "sum",
+    guard: Annotated[str | None, typer.Option(help="Detectors on guard: standard, strict or text_only.")] = None,
+    aggregation: Annotated[str | None, typer.Option(help="In place of the packs' own, e.g. max.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of the model's weights: float32, bfloat16 or float16.")] = "float32",
+    live: Annotated[bool, typer.Option(help="Take the policy's weights at POST /weights.")] = False,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535)] = 8000,
+    tls_certificate: Annotated[Path | None, typer.Option(help="PEM file.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="PEM file.")] = None,
+    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens in a batch.")] = 16_384,
+    queue_tokens: Annotated[int, typer.Option(min=1, help="Tokens that may wait; more get status 429.")] = 1 << 20,
+    drain: Annotated[int, typer.Option(min=0, help="Seconds that open requests have at the end.")] = 60,
+) -> None:
+    """Serve rewards over HTTP: by token ids, for OpenRLHF, slime and verl.
+
+    Beyond this machine (any --host but loopback) a bearer token is required, from the environment variable
+    MECHREWARD_TOKEN. SIGTERM answers what was taken, and ends.
+
+    Example: mechreward serve --model mechreward/pocket --pack pocket/reasoning_pack
+    """
+    from mechreward import verifiers
+    from mechreward.errors import ConfigError, nearest
+    from mechreward.extras import require
+
+    token = os.environ.get(TOKEN)
+    if not token and not _loopback(host):
+        raise ConfigError(
+            f"--host {host} lets other machines in: set the environment variable {TOKEN} to a long random text, which "
+            "requests must carry, or listen on 127.0.0.1."
+        )
+    if (tls_certificate is None) != (tls_key is None):
+        raise ConfigError("--tls-certificate and --tls-key belong together: give both or neither.")
+    for file in (tls_certificate, tls_key):
+        if file is not None and not file.is_file():
+            raise ConfigError(f"There is no file {file}.")
+    if verifier is not None and verifier not in verifiers.__all__:
+        raise ConfigError(f"There is no verifier '{verifier}'.{nearest(verifier, verifiers.__all__)}")
+    if mode not in ("sum", "gated"):
+        raise ConfigError(f"--mode {mode} is not possible: use sum or gated.{nearest(mode, ['sum', 'gated'])}")
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ConfigError(f"--dtype {dtype} is not possible: use float32, bfloat16 or float16.")
+    uvicorn = require("uvicorn", "server")
+    require("fastapi", "server")
+    require("prometheus_client", "server")
+    from mechreward.integrations.server.app import Settings, create_app
+    from mechreward.integrations.server.log import CONFIG
+    from mechreward.integrations.server.scorer import Served, build_reward
+
+    served = Served(
+        model=model, packs=tuple(pack or ()), probes=tuple(probe or ()), weights=weight, verifier=verifier, mode=mode,
+        guard=guard, aggregation=aggregation, dtype=dtype,
+    )  # fmt: skip
+    logging.config.dictConfig(CONFIG)
+    logging.captureWarnings(True)
+    build_reward(served)  # so that what cannot be served is said here, in one sentence
+    app = create_app(served, Settings(token or None, live, batch_tokens, queue_tokens))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn drains, and then raises the signal again
+    try:
+        uvicorn.run(
+            app, host=host, port=port, ssl_certfile=tls_certificate, ssl_keyfile=tls_key, access_log=False,
+            log_config=None, timeout_graceful_shutdown=drain, server_header=False,
+        )  # fmt: skip
+    finally:
+        app.state.worker.stop()
+        if app.state.worker.failure is not None:
+            raise app.state.worker.failure
+
+
+def _loopback(host: str) -> bool:
+    import ipaddress
+
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

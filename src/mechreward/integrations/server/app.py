@@ -1,0 +1,447 @@
+"""The reward server's HTTP side: routes, limits, tokens, metrics and logs. Models live in the worker."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import logging
+import tempfile
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from fastapi import FastAPI, HTTPException, Query, Request, Security
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from fastapi.security import HTTPBearer
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from mechreward import pocket
+from mechreward.errors import ConfigError, MechRewardError
+from mechreward.integrations.server.batching import Batcher, Draining, Full
+from mechreward.integrations.server.protocol import (
+    OpenRLHFReply,
+    OpenRLHFRequest,
+    Problem,
+    ScoreReply,
+    ScoreRequest,
+    SlimeRequest,
+    WeightsReply,
+)
+from mechreward.integrations.server.scorer import Rollout, Score, Served
+from mechreward.integrations.server.worker import Worker, WorkerDied
+
+logger = logging.getLogger("mechreward.server")
+
+T = TypeVar("T")
+
+OPEN = frozenset({"/healthz", "/readyz", "/docs", "/openapi.json"})
+"""Routes that need no token: they tell nothing of anybody's rollouts."""
+
+BYTES = "application/octet-stream"
+"""Content type of pushed weights."""
+
+GONE = 499
+"""Status in logs and metrics of a request whose client left before the answer (nginx's)."""
+
+PATIENCE = 30.0
+"""Seconds that may pass between two pieces of a request's body."""
+
+RESTART = 5
+"""Seconds after which to ask again where the worker has to be started anew."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a server serves.
+
+    Attributes:
+        token: Bearer token that requests must carry; None for none.
+        live: Whether ``POST /weights`` is allowed.
+        batch_tokens: Tokens in a batch.
+        queue_tokens: Tokens that may wait.
+        max_rollouts: In one request.
+        max_body: Bytes in a request's body, weights aside.
+    """
+
+    token: str | None = None
+    live: bool = False
+    batch_tokens: int = 16_384
+    queue_tokens: int = 1 << 20
+    max_rollouts: int = 1024
+    max_body: int = 8 << 20
+
+
+class Refused(HTTPException):
+    """A request that gets an error's answer.
+
+    Args:
+        status: HTTP status.
+        detail: One sentence.
+        wait: Seconds after which to try again, if that may help.
+    """
+
+    def __init__(self, status: int, detail: str, wait: float | None = None):
+        headers = {} if wait is None else {"Retry-After": str(max(1, round(wait)))}
+        if status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
+        if status == 408:  # or the rest of the body would keep the connection
+            headers["Connection"] = "close"
+        super().__init__(status, detail, headers)
+
+    @property
+    def response(self) -> JSONResponse:
+        """As it is sent."""
+        return JSONResponse({"detail": self.detail}, self.status_code, self.headers)
+
+
+class Metrics:
+    """What Prometheus is told."""
+
+    def __init__(self):
+        self.registry = CollectorRegistry()
+        named: dict[str, Any] = {"registry": self.registry}
+        self.requests = Counter("mechreward_requests", "Requests, by route and status.", ["route", "status"], **named)
+        self.seconds = Histogram("mechreward_request_seconds", "From first byte to answer.", ["route"], **named)
+        self.rollouts = Counter("mechreward_rollouts", "Rollouts scored.", **named)
+        self.tokens = Counter("mechreward_tokens", "Tokens of scored rollouts, prompts included.", **named)
+        self.flagged = Counter("mechreward_flagged_rollouts", "Rollouts that a guard flagged.", **named)
+        self.unscored = Counter("mechreward_unscored_rollouts", "Rollouts without a reward.", **named)
+        self.batch = Histogram(
+            "mechreward_batch_rollouts", "Rollouts in a batch.", buckets=[2**k for k in range(11)], **named
+        )
+        self.waiting = Gauge("mechreward_waiting_tokens", "Tokens in the queue.", **named)
+        self.restarts = Gauge("mechreward_worker_restarts", "Times that the worker had to be started anew.", **named)
+        self.pushes = Counter("mechreward_weight_pushes", "Pushed weights that were taken.", **named)
+
+
+def create_app(served: Served, settings: Settings) -> FastAPI:
+    """The server's ASGI application; the worker starts with it.
+
+    Raises:
+        ConfigError: The tokenizer cannot be loaded.
+    """
+    metrics = Metrics()
+    tokenizer = _tokenizer(served.model)
+    folder = tempfile.TemporaryDirectory(prefix="mechreward-")
+    worker = Worker(served, Path(folder.name))
+
+    async def scored(rollouts: Sequence[Rollout]) -> list[Score]:
+        metrics.batch.observe(len(rollouts))
+        return await worker.score(rollouts)
+
+    batcher = Batcher(scored, settings.batch_tokens, settings.queue_tokens)
+    metrics.waiting.set_function(lambda: batcher.waiting_tokens)
+    metrics.restarts.set_function(lambda: worker.restarts)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        await worker.start()
+        batcher.start()
+        logger.info(json.dumps({"event": "ready", "model": served.model}))
+        yield
+        await batcher.drain()
+        worker.stop()
+        folder.cleanup()
+
+    app = FastAPI(
+        title="mechreward",
+        description="Rewards from a language model's residual stream.",
+        lifespan=lifespan,
+        responses={
+            status: {"model": Problem, "description": why}
+            for status, why in {
+                400: "The body is no JSON.",
+                401: "The token is missing or wrong.",
+                408: "The body came too slowly.",
+                413: "The body, or the number of rollouts, is too large.",
+                415: "The body is not sent as what it is.",
+                422: "The request is not understood.",
+                429: "The queue is full: try again after Retry-After seconds.",
+                500: "The batch could not be scored.",
+                503: "The worker is starting, or the server is stopping: try again after Retry-After seconds.",
+            }.items()
+        },
+    )
+    app.state.worker, app.state.batcher = worker, batcher
+    bearer = [Security(HTTPBearer(auto_error=False))] if settings.token else []  # for the schema; see Gatekeeper
+    app.add_middleware(Gatekeeper, settings=settings, metrics=metrics)  # pyright: ignore[reportArgumentType]
+
+    @app.exception_handler(RequestValidationError)
+    async def misunderstood(request: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        if first["type"] == "json_invalid":
+            return Refused(400, f"The body is no JSON: {first['ctx']['error']}.").response
+        if first["loc"] == ("body",) and "json" not in request.headers.get("content-type", ""):
+            return Refused(415, "The body is not sent as JSON: give it Content-Type: application/json.").response
+        where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"][1:])
+        says = first["msg"].removeprefix("Value error, ")
+        return Refused(422, f"{where.removeprefix('.') or 'The request'}: {says}.").response
+
+    async def ask(request: Request, rollouts: Sequence[Rollout]) -> list[Score]:
+        _check(rollouts, worker, served, settings)
+        request.state.rollouts, request.state.tokens = len(rollouts), sum(map(len, rollouts))
+        try:
+            scores = await unless_gone(request, batcher.submit(rollouts))
+        except Full as full:
+            raise Refused(429, "The queue is full: try again later, or start more servers.", full.wait) from full
+        except Draining:
+            raise Refused(503, "The server is stopping: ask another one.", RESTART) from None
+        except WorkerDied:
+            raise Refused(503, "The worker died over this batch: try again.", RESTART) from None
+        except MechRewardError as error:
+            raise Refused(500, str(error)) from error
+        metrics.rollouts.inc(len(scores))
+        metrics.tokens.inc(request.state.tokens)
+        metrics.flagged.inc(sum(bool(score.flags) for score in scores))
+        metrics.unscored.inc(sum(score.reward is None for score in scores))
+        return scores
+
+    @app.post("/score_tokens", dependencies=bearer)
+    async def score_tokens(asked: ScoreRequest, request: Request) -> ScoreReply:
+        """Score rollouts by their exact token ids."""
+        labels = asked.labels or [None] * len(asked.prompt_ids)
+        rows = zip(asked.prompt_ids, asked.response_ids, labels, strict=True)
+        scores = await ask(request, [Rollout(p, r, label, asked.num_generations) for p, r, label in rows])
+        return ScoreReply(
+            rewards=[score.reward for score in scores],
+            version=scores[0].version,
+            token_rewards=[s.token_rewards for s in scores] if "token_rewards" in asked.include else None,
+            features={name: [s.features[name] for s in scores] for name in scores[0].features}
+            if "features" in asked.include
+            else None,
+            flags=[s.flags for s in scores] if "flags" in asked.include else None,
+        )
+
+    def from_text(prompt: str, response: str, label: str | None) -> Rollout:
+        asked, answered = (tokenizer(text, add_special_tokens=False).input_ids for text in (prompt, response))
+        if not asked:
+            raise Refused(422, "A prompt is empty: send what the model was given.")
+        return Rollout(asked, answered, label)
+
+    @app.post("/get_reward", dependencies=bearer)
+    async def get_reward(asked: OpenRLHFRequest, request: Request) -> OpenRLHFReply:
+        """OpenRLHF's remote reward model. Texts are encoded anew, which may change tokens: prefer AgentExecutor."""
+        labels = asked.labels or [None] * len(asked.query)
+        rows = list(zip(asked.query, asked.prompts, labels, strict=True))
+        rollouts = [from_text(p, _response(q, p, tokenizer), label) for q, p, label in rows]
+        scores = await ask(request, rollouts)
+        rewards = [score.reward or 0.0 for score in scores]
+        logs = {
+            "flagged": [float(bool(score.flags)) for score in scores],
+            "unscored": [float(score.reward is None) for score in scores],
+        }
+        return OpenRLHFReply(rewards=rewards, scores=rewards, extra_logs=logs)
+
+    @app.post("/slime", dependencies=bearer)
+    async def slime(asked: SlimeRequest, request: Request) -> float:
+        """slime's remote reward model: one rollout, a bare number; 0 where no token can be read."""
+        (score,) = await ask(request, [from_text(asked.prompt, asked.response, asked.label)])
+        return score.reward or 0.0
+
+    @app.post(
+        "/weights",
+        dependencies=bearer,
+        responses={409: {"model": Problem, "description": "The server's weights are frozen."}},
+        openapi_extra={"requestBody": {"content": {BYTES: {}}, "required": True}},
+    )
+    async def weights(
+        request: Request, version: Annotated[str, Query(pattern=r"^[\w.-]{1,64}$", description="Echoed in replies.")]
+    ) -> WeightsReply:
+        """Take a policy's weights, as safetensors under the names of its ``state_dict()``."""
+        if not settings.live:
+            raise Refused(409, "This server reads frozen weights: start it with --live to push others.")
+        if request.headers.get("content-type") != BYTES:  # which no other site's page can have a browser send
+            raise Refused(415, f"The weights are not sent as bytes: give them Content-Type: {BYTES}.")
+        file, size = worker.folder / f"{uuid.uuid4().hex}.safetensors", 0
+        try:
+            with file.open("wb") as opened:
+                async for piece in request.stream():
+                    size += len(piece)
+                    if size > worker.limits.weights:
+                        raise Refused(413, "The file is larger than the weights of the server's model can be.")
+                    await asyncio.to_thread(opened.write, piece)
+            taken = await worker.load_weights(file, version)
+        except BaseException as error:
+            file.unlink(missing_ok=True)
+            if isinstance(error, WorkerDied):
+                raise Refused(503, "The worker died over these weights: try again.", RESTART) from None
+            if isinstance(error, MechRewardError):
+                raise Refused(422, str(error)) from error
+            raise
+        metrics.pushes.inc()
+        return WeightsReply(version=version, tensors=taken)
+
+    @app.get("/healthz")
+    async def healthz() -> dict[str, str]:
+        """The server is there."""
+        return {"status": "ok"}
+
+    @app.get("/readyz")
+    async def readyz() -> dict[str, str]:
+        """The model is loaded, and rollouts are taken."""
+        if not worker.ready or batcher.draining:
+            raise Refused(503, "The worker is starting, or the server is stopping.", RESTART)
+        return {"status": "ready", "version": worker.version}
+
+    @app.get("/metrics", dependencies=bearer, responses={200: {"content": {"text/plain": {}}}})
+    async def metrics_() -> Response:
+        """For Prometheus."""
+        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    return app
+
+
+def _tokenizer(model: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(pocket.resolve(model))
+    except (OSError, ValueError) as error:
+        said = " ".join(str(error).split())[:200]
+        raise ConfigError(f"The tokenizer of {model} cannot be loaded ({said}): give a folder or a hub id.") from error
+
+
+def _check(rollouts: Sequence[Rollout], worker: Worker, served: Served, settings: Settings) -> None:
+    """Refuse what the model cannot read, before it shares a batch with others."""
+    if len(rollouts) > settings.max_rollouts:
+        raise Refused(413, f"{len(rollouts)} rollouts in one request: give at most {settings.max_rollouts}.")
+    for row, rollout in enumerate(rollouts):
+        if worker.limits.longest is not None and len(rollout) > worker.limits.longest:
+            raise Refused(422, f"Rollout {row} has {len(rollout)} tokens, and the model takes {worker.limits.longest}.")
+        if max(*rollout.prompt_ids, *rollout.response_ids) >= worker.limits.vocabulary:
+            raise Refused(
+                422,
+                f"Rollout {row} holds a token id that the model's vocabulary of {worker.limits.vocabulary} does not "
+                "have: serve the model that wrote the rollouts, or one with its tokenizer.",
+            )
+        if served.verifier is not None and rollout.label is None:
+            raise Refused(422, f"Rollout {row} has no label, which the verifier {served.verifier} needs.")
+
+
+def _response(query: str, prompt: str, tokenizer: Any) -> str:
+    """What follows the prompt in OpenRLHF's query, which is decoded from ids and may spell the prompt another way."""
+    if query.startswith(prompt):
+        return query[len(prompt) :]
+    decoded = tokenizer.decode(tokenizer(prompt, add_special_tokens=False).input_ids, skip_special_tokens=False)
+    if query.startswith(decoded):
+        return query[len(decoded) :]
+    raise Refused(
+        422,
+        "A query does not begin with its prompt (was the prompt cut?), so that the response cannot be found: send "
+        "token ids with mechreward.integrations.openrlhf's AgentExecutor.",
+    )
+
+
+async def unless_gone(request: Request, work: Awaitable[T]) -> T:
+    """The work's result; cancelled where the client hangs up first.
+
+    Raises:
+        Refused: It did.
+    """
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait([working, leaving], return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise Refused(GONE, "The client left before the answer.")
+        return working.result()
+    except asyncio.CancelledError:
+        raise Refused(503, "The server had to stop before the answer: ask another one.", RESTART) from None
+    finally:
+        working.cancel()
+        leaving.cancel()
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+
+
+class Gatekeeper:
+    """ASGI middleware: the token, the body's size and pace, one log line and the metrics of each request.
+
+    It runs before anything of a request's body is read.
+    """
+
+    def __init__(self, app: Any, settings: Settings, metrics: Metrics):
+        self.app, self.settings, self.metrics = app, settings, metrics
+
+    async def __call__(
+        self, scope: Scope, receive: Callable[[], Awaitable[Message]], send: Callable[[Message], Awaitable[None]]
+    ) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        began, status = time.perf_counter(), 500
+        scope.setdefault("state", {})
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+
+        async def tell(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            refusal = self._refusal(scope["path"], headers)
+            if refusal is None:
+                await self.app(scope, self._paced(scope, receive), tell)
+            else:
+                await refusal.response(scope, receive, tell)
+        finally:
+            self._tell(scope, status, time.perf_counter() - began)
+
+    def _refusal(self, path: str, headers: dict[str, str]) -> Refused | None:
+        if self.settings.token is not None and path not in OPEN:
+            scheme, _, given = headers.get("authorization", "").partition(" ")
+            right = hmac.compare_digest(given.encode("latin-1"), self.settings.token.encode())
+            if not right or scheme.lower() != "bearer":
+                return Refused(401, "The bearer token is missing or wrong.")
+        length = headers.get("content-length", "0")
+        if path != "/weights" and length.isdigit() and int(length) > self.settings.max_body:
+            return self._too_large
+        return None
+
+    @property
+    def _too_large(self) -> Refused:
+        return Refused(413, f"The body is larger than {self.settings.max_body} bytes: send fewer rollouts at a time.")
+
+    def _paced(self, scope: Scope, receive: Callable[[], Awaitable[Message]]) -> Callable[[], Awaitable[Message]]:
+        """``receive`` with the limits of a body; once it is whole, only a disconnect is to come, and may take long."""
+        taken, whole = 0, False
+
+        async def paced() -> Message:
+            nonlocal taken, whole
+            if whole:
+                return await receive()
+            try:
+                message = await asyncio.wait_for(receive(), PATIENCE)
+            except TimeoutError:
+                raise Refused(408, f"Nothing more of the body came within {PATIENCE:.0f} s.") from None
+            if message["type"] == "http.disconnect":
+                raise Refused(GONE, "The client left in the middle of the body.")
+            taken += len(message.get("body", b""))
+            whole = not message.get("more_body", False)
+            if scope["path"] != "/weights" and taken > self.settings.max_body:
+                raise self._too_large
+            return message
+
+        return paced
+
+    def _tell(self, scope: Scope, status: int, seconds: float) -> None:
+        route = getattr(scope.get("route"), "path", "unknown")  # not the path: strangers choose that
+        self.metrics.requests.labels(route, str(status)).inc()
+        self.metrics.seconds.labels(route).observe(seconds)
+        record = {"method": scope["method"], "route": route, "status": status, "ms": round(1000 * seconds, 1)}
+        record |= {name: scope["state"][name] for name in ("rollouts", "tokens") if name in scope["state"]}
+        logger.info(json.dumps(record))

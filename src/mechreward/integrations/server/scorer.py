@@ -1,0 +1,297 @@
+"""Scorer: one model and one reward, which score rollouts by their token ids. Lives in the server's worker process."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from mechreward.errors import ConfigError, ModelMismatchError
+from mechreward.hacking.detectors import Guard
+from mechreward.readout import Readings
+from mechreward.reward.aggregation import aggregation
+from mechreward.reward.base import Reward
+from mechreward.reward.composition import CompositeReward, labels
+from mechreward.reward.feature_reward import FeatureReward, lowered
+from mechreward.reward.outcome import OutcomeReward
+from mechreward.rollout.batch import RolloutBatch
+from mechreward.rollout.capture import check_fits
+from mechreward.rollout.hf import HFSource, end_tokens, load_model, over_tokens
+
+INITIAL = "initial"
+"""Version of the weights that the server was started with."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """What a server is asked to serve; crosses to the worker process, where everything is loaded.
+
+    Attributes:
+        model: A folder, an id of the hub, or ``mechreward/pocket``.
+        packs: Packs, each a reward.
+        probes: Probes, each a reward.
+        weights: One per pack, then one per probe; 1 each by default.
+        verifier: Name of the verifier that judges outcomes by the requests' labels; None for no outcome.
+        mode: How outcome and features are combined: ``"sum"`` or ``"gated"``, as in ``CompositeReward``.
+        guard: Preset of the adversarial suite; None for the repetition detector alone.
+        aggregation: In place of what each pack and probe was measured with.
+        dtype: Of the model's weights.
+    """
+
+    model: str
+    packs: Sequence[str] = ()
+    probes: Sequence[str] = ()
+    weights: Sequence[float] | None = None
+    verifier: str | None = None
+    mode: str = "sum"
+    guard: str | None = None
+    aggregation: str | None = None
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True)
+class ModelLimits:
+    """What a model can take.
+
+    Attributes:
+        longest: Tokens, prompt and response together, if it says.
+        vocabulary: Token ids lie below.
+        weights: Bytes that a file of its weights may have, in whatever precision.
+    """
+
+    longest: int | None
+    vocabulary: int
+    weights: int
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One rollout to score.
+
+    Attributes:
+        prompt_ids: As the model reads them.
+        response_ids: As they were sampled.
+        label: The right answer, if there is one.
+        group: Rollouts in its group, which lie beside it.
+    """
+
+    prompt_ids: Sequence[int]
+    response_ids: Sequence[int]
+    label: str | None = None
+    group: int = 1
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids) + len(self.response_ids)
+
+
+@dataclass(frozen=True)
+class Score:
+    """What the server says of one rollout; the fields are :class:`protocol.ScoreReply`'s, one row of each."""
+
+    reward: float | None
+    version: str
+    token_rewards: list[float | None] = field(default_factory=list)
+    features: dict[str, float | None] = field(default_factory=dict)
+    flags: list[str] = field(default_factory=list)
+
+
+class Scorer:
+    """Loads what is served, and scores.
+
+    Args:
+        served: What to load.
+        memory: File for what guards learn of the first rollouts, which another scorer goes on with: it would else
+            learn what is usual from a policy that is trained already.
+
+    Raises:
+        MechRewardError: Something cannot be loaded, or does not fit the model.
+    """
+
+    def __init__(self, served: Served, memory: Path | None = None):
+        self.served, self.version, self.memory = served, INITIAL, memory
+        self.model, self.tokenizer = load_model(served.model, getattr(torch, served.dtype))
+        self.reward = build_reward(served)
+        for part in _features(self.reward):
+            if part.aggregation == "per_token":
+                raise ConfigError(
+                    "aggregation='per_token' has no number for a whole rollout: serve another, and ask for "
+                    "token_rewards, which every reply can carry."
+                )
+        check_fits([request.readout for request in self.reward.requests], self.model)
+        # Whatever a reward reads, the server has one model: a frozen copy, or a live one where weights are pushed.
+        self.source = HFSource(self.model, self.tokenizer, reference=self.model)
+        self.ends = end_tokens(self.model, self.tokenizer)
+        if memory is not None and memory.exists():
+            self.reward.load_state_dict(json.loads(memory.read_text()))
+
+    @property
+    def limits(self) -> ModelLimits:
+        """What the model can take."""
+        config = self.model.config.get_text_config()
+        longest = getattr(config, "max_position_embeddings", None)
+        weights = (1 << 20) + 8 * sum(tensor.numel() for tensor in self.model.state_dict().values())
+        return ModelLimits(longest if isinstance(longest, int) else None, config.vocab_size, weights)
+
+    def score(self, rollouts: Sequence[Rollout]) -> list[Score]:
+        """Score rollouts; groups must be whole."""
+        scores: dict[int, Score] = {}
+        for size in {rollout.group for rollout in rollouts}:  # guards compare within groups, and those are of one size
+            rows = [row for row, rollout in enumerate(rollouts) if rollout.group == size]
+            scores |= zip(rows, self._score([rollouts[row] for row in rows]), strict=True)
+        self._remember()
+        return [scores[row] for row in range(len(rollouts))]
+
+    def _remember(self) -> None:
+        """Keep what the guards know after this batch, until they have learned all."""
+        if self.memory is not None and self.reward.guards:
+            part = self.memory.with_suffix(".part")
+            part.write_text(json.dumps(self.reward.state_dict()))
+            part.replace(self.memory)
+            if all(guard.thresholds for guard in self.reward.guards):  # pyright: ignore[reportAttributeAccessIssue]
+                self.memory = None
+
+    @torch.no_grad()
+    def _score(self, rollouts: Sequence[Rollout]) -> list[Score]:
+        batch = self._batch(rollouts)
+        readings = self.source.read(batch, self.reward.requests)
+        guarded = self.reward.guard(batch, readings)
+        values = self.reward.score(guarded, readings).values
+        if guarded.dropped is not None:
+            values = values.masked_fill(guarded.dropped, torch.nan)
+        per_token = self._per_token(guarded, readings)
+        columns = self._columns(readings)
+        flags = guarded.flags if guarded.flags is not None else [[] for _ in rollouts]
+        return [
+            Score(
+                reward=_number(value),
+                version=self.version,
+                token_rewards=[_number(v) for v in per_token[row, : len(rollout.response_ids)].tolist()],
+                features={name: _number(float(column[row])) for name, column in columns.items()},
+                flags=list(flags[row]),
+            )
+            for row, (rollout, value) in enumerate(zip(rollouts, values.tolist(), strict=True))
+        ]
+
+    def _batch(self, rollouts: Sequence[Rollout]) -> RolloutBatch:
+        prompts, responses = [r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts]
+        return RolloutBatch(
+            prompts=self.tokenizer.batch_decode(prompts, skip_special_tokens=True),
+            completions=self.tokenizer.batch_decode(responses, skip_special_tokens=True),
+            prompt_ids=prompts,
+            completion_ids=responses,
+            columns={"label": [r.label for r in rollouts]},
+            num_generations=rollouts[0].group,
+            eos_token_ids=self.ends,
+        )
+
+    def _per_token(self, batch: RolloutBatch, readings: Any) -> Tensor:
+        """sum_i w_i r_t, lowered by the guards, ``[B, T]``; NaN where a token is not read."""
+        total, read = torch.zeros(()), torch.zeros((), dtype=torch.bool)
+        for weight, part in _weighted_features(self.reward):
+            own: Readings = readings[part.request]
+            trust = None if batch.trust is None else batch.trust.to(own.values.device)[:, None]
+            total = total + weight * lowered(part.raw(own), trust, math.copysign(1.0, weight)).cpu()
+            read = read | own.mask.cpu()
+        return total.masked_fill(~read, torch.nan)
+
+    def _columns(self, readings: Any) -> dict[str, Tensor]:
+        """Each reward's columns, averaged over each rollout's tokens, ``[B]`` each."""
+        found = {}
+        for name, part in zip(labels(self.reward.rewards), self.reward.rewards, strict=True):
+            if isinstance(part, FeatureReward):
+                means = over_tokens(readings[part.request], aggregation("mean"))
+                found |= {f"{name}/{label}": means[:, k] for k, label in enumerate(part.readout.labels)}
+        return found
+
+    def load_weights(self, file: Path, version: str) -> int:
+        """Read another version's weights into the model.
+
+        Args:
+            file: Safetensors, under the names of the model's own ``state_dict``. Tied weights may be left out, and so
+                may the head, which no reading looks at.
+            version: What replies call it from now on.
+
+        Returns:
+            How many tensors were taken.
+
+        Raises:
+            ModelMismatchError: The file is damaged, or does not fit; the model is as it was.
+        """
+        own = self.model.state_dict()
+        try:
+            with safe_open(file, framework="pt") as opened:
+                names = set(opened.keys())
+                self._check_names(names, own)
+                for name in names:
+                    shape = tuple(opened.get_slice(name).get_shape())
+                    if shape != tuple(own[name].shape):
+                        raise ModelMismatchError(
+                            f"Tensor '{name}' has shape {list(shape)}, and the server's model has "
+                            f"{list(own[name].shape)}: push the weights of the same architecture."
+                        )
+                for name in names:
+                    own[name].copy_(opened.get_tensor(name))
+        except SafetensorError as error:
+            raise ModelMismatchError(f"The weights are not whole safetensors ({error}): push them again.") from error
+        self.version = version
+        return len(names)
+
+    def _check_names(self, names: set[str], own: dict[str, Tensor]) -> None:
+        unknown = sorted(names - own.keys())
+        if unknown:
+            raise ModelMismatchError(
+                f"The server's model has no tensor '{unknown[0]}' ({len(unknown)} such names): push what the policy's "
+                "state_dict() calls its weights, without a wrapper's prefix."
+            )
+        held = {own[name].data_ptr() for name in names}
+        needed = {
+            name for name, tensor in self.model.named_parameters() if tensor.data_ptr() not in held and name in own
+        }
+        missing = sorted(name for name in needed - names if not name.startswith("lm_head."))
+        if missing:
+            raise ModelMismatchError(
+                f"Tensor '{missing[0]}' is missing ({len(missing)} are): push all weights at once, or readings would "
+                "mix two versions."
+            )
+
+
+def build_reward(served: Served) -> CompositeReward:
+    """The reward that is served: packs and probes, with the outcome if there is a verifier, behind the guards."""
+    from mechreward import verifiers
+    from mechreward.hacking.adversarial import AdversarialSuite
+    from mechreward.probes.linear_probe import load_probe
+
+    parts: list[Reward] = [FeatureReward.from_pack(name, aggregation=served.aggregation) for name in served.packs]
+    parts += [FeatureReward(load_probe(name, logits=True), aggregation=served.aggregation) for name in served.probes]
+    if not parts:
+        raise ConfigError("There is nothing to serve: give a pack or a probe.")
+    weights = [1.0] * len(parts) if served.weights is None else list(served.weights)
+    if len(weights) != len(parts):
+        raise ConfigError(f"There are {len(weights)} weights for {len(parts)} packs and probes: give one for each.")
+    if served.verifier is not None:
+        parts.append(OutcomeReward(getattr(verifiers, served.verifier), gold_column="label"))
+        weights.append(1.0)
+    elif served.mode != "sum":
+        raise ConfigError(f"mode '{served.mode}' needs a verifier of outcomes.")
+    guards: list[Guard] | None = None if served.guard is None else [AdversarialSuite.from_preset(served.guard)]
+    return CompositeReward(parts, weights, mode=served.mode, guards=guards, name="served")  # pyright: ignore
+
+
+def _features(reward: CompositeReward) -> list[FeatureReward]:
+    return [part for part in reward.rewards if isinstance(part, FeatureReward)]
+
+
+def _weighted_features(reward: CompositeReward) -> list[tuple[float, FeatureReward]]:
+    pairs = zip(reward.weights, reward.rewards, strict=True)
+    return [(weight, part) for weight, part in pairs if isinstance(part, FeatureReward)]
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
