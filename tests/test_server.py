@@ -445,8 +445,8 @@ def test_a_half_closed_connection_is_a_client_that_has_left(plain, sent):
         connection.sendall(head(len(ONE)) + ONE[:sent])
         connection.shutdown(socket.SHUT_WR)
         assert connection.recv(100) == b""
-    worker.paused = False
     until(lambda: gone(client) == before + 1)
+    worker.paused = False
     assert client.post("/score_tokens", json=ASK).status_code == 200
 
 

@@ -14,6 +14,10 @@ import typer
 TOKEN = "MECHREWARD_TOKEN"
 """Environment variable with the bearer token: an argument would show in the list of processes."""
 
+KEEP_ALIVE = 75
+"""Seconds that an idle connection stays: longer than clients keep theirs (httpx 5, aiohttp 15), so that none is closed
+just when its client sends the next request."""
+
 
 def serve(
     model: Annotated[str, typer.Option(help="The model that reads: a hub id or a folder.")],
@@ -81,7 +85,7 @@ def serve(
     try:
         uvicorn.run(
             app, host=host, port=port, ssl_certfile=tls_certificate, ssl_keyfile=tls_key, access_log=False,
-            log_config=None, timeout_graceful_shutdown=drain, server_header=False,
+            log_config=None, timeout_graceful_shutdown=drain, server_header=False, timeout_keep_alive=KEEP_ALIVE,
         )  # fmt: skip
     finally:
         app.state.worker.stop()
