@@ -12,7 +12,7 @@ import torch
 
 from serving import Process, http, measured
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
+pytestmark = [pytest.mark.load, pytest.mark.timeout(3600)]
 
 TOKEN = "a-token"
 
