@@ -9,10 +9,10 @@ import math
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -64,6 +64,9 @@ try:
 except ModuleNotFoundError as error:
     raise MissingExtraError("trl", "trl") from error
 
+if TYPE_CHECKING:
+    from mechreward.integrations.vllm_trl import TRLEngine
+
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "mechreward.json"
@@ -88,6 +91,9 @@ class MechRewardGRPOConfig(GRPOConfig):
             coefficient starts at ``entropy_coef`` and moves by ``entropy_coef_delta`` a step. Look at the logged
             ``entropy`` early in training to choose a floor.
         repetition_guard: Run the repetition detector when the trainer is given no guards.
+        vllm_backend: How rollouts are read where vLLM generates them (``use_vllm=True``): ``"aux"``, ``"hook"``,
+            ``"second_pass"`` or ``"forward"`` (the trainer's own passes); by default the first that works. See
+            `mechreward.rollout.vllm`.
 
     Raises:
         ConfigError: A coefficient, target or floor that cannot be.
@@ -98,6 +104,7 @@ class MechRewardGRPOConfig(GRPOConfig):
     kl_target: float | None = field(default=None, metadata={"help": "KL, nats a token, that beta adapts to."})
     entropy_floor: float | None = field(default=None, metadata={"help": "Entropy, nats a token, to keep above."})
     repetition_guard: bool = field(default=True, metadata={"help": "Run the repetition detector by default."})
+    vllm_backend: str | None = field(default=None, metadata={"help": "How vLLM's rollouts are read."})
 
     def __post_init__(self):
         check_options(self)
@@ -140,7 +147,8 @@ class MechRewardGRPOTrainer(GRPOTrainer):
     Any script that uses GRPOTrainer runs after changing the class's name. Where a reading comes from is decided anew
     for each step and logged (``taps``):
 
-    * policy: TRL's old-logprob pass where it runs one, else the generation, else one truncated forward;
+    * policy: vLLM's own generation (``use_vllm=True``) where it can be read; else TRL's old-logprob pass where it runs
+      one, else the generation, else one truncated forward;
     * reference: TRL's reference pass where ``beta > 0``, else one truncated forward.
 
     Args:
@@ -191,7 +199,9 @@ class MechRewardGRPOTrainer(GRPOTrainer):
         self._step_state = _Step()
         self._scoring = False
         came_with_adapter = hasattr(model, "peft_config")
-        super().__init__(model, reward_funcs, args, *positional, **kwargs)
+        self._engine = self._engine_for(args, reward_funcs)
+        with nullcontext() if self._engine is None else self._engine.being_built():
+            super().__init__(model, reward_funcs, args, *positional, **kwargs)
         self.rollout_source = _TappedSource(self)
         attach(self.guards, self.reward_funcs)
         self._banks = group_requests(self._requests(), self._watched_alone())
@@ -199,6 +209,22 @@ class MechRewardGRPOTrainer(GRPOTrainer):
         self.add_callback(_BetweenSteps(self))
         self._policy_tap = self._install(self.model, "policy")
         self._reference_tap = self._install(self.ref_model, "reference") if self.ref_model is not None else None
+        if self._engine is not None:
+            self._engine.connect(self, self._banks["policy", False])
+
+    def _engine_for(self, args: GRPOConfig, reward_funcs: Any) -> TRLEngine | None:
+        """vLLM, where it generates what is to be read: it must know the hook points when it is started."""
+        parts = [*(reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]), *self.guards, *self.monitors]
+        read = [r for r in _requests_of(parts) if r.reads == "policy" and not r.read_last]
+        if not args.use_vllm or not read:
+            return None
+        if any(request.readout.summary is not None for request in read):
+            logger.warning("A readout that summarises a whole dictionary cannot be read in vLLM: see `taps`.")
+            return None
+        from mechreward.integrations.vllm_trl import TRLEngine
+
+        points = sorted({request.readout.hook_point for request in read})
+        return TRLEngine(points, getattr(args, "vllm_backend", None))
 
     @property
     def _policy(self) -> torch.nn.Module:
@@ -280,7 +306,9 @@ class MechRewardGRPOTrainer(GRPOTrainer):
     # -- which pass serves ---------------------------------------------------------------------------------------------
 
     def _choose(self, reads: str, read_last: bool) -> str:
-        """``old_logprobs``, ``reference``, ``generation`` or ``forward`` (a pass of our own)."""
+        """``vllm``, ``old_logprobs``, ``reference``, ``generation`` or ``forward`` (a pass of our own)."""
+        if reads == "policy" and not read_last and self._reads_vllm():
+            return "vllm"
         if read_last or has_absolute_positions(self._policy):
             return "forward"
         # TRL masks truncated completions out of the attention of its own passes, which changes what they compute.
@@ -300,6 +328,11 @@ class MechRewardGRPOTrainer(GRPOTrainer):
         if "ref" in policy.peft_config:  # a copy of the adapter it came with, dropout included
             return has_active_dropout(self._policy)
         return has_active_dropout(self._policy, adapters=False)
+
+    def _reads_vllm(self) -> bool:
+        if self._engine is None or self.rollout_func is not None or self.tools:
+            return False
+        return self._engine.backend != "forward"
 
     def _runs_old_logprobs(self) -> bool:
         # The condition in GRPOTrainer._generate_and_score_completions.
@@ -345,7 +378,9 @@ class MechRewardGRPOTrainer(GRPOTrainer):
         return output
 
     def _generate(self, prompts: list):
-        bank = self._bank("policy", "generation")
+        bank, engine_bank = self._bank("policy", "generation"), self._bank("policy", "vllm")
+        if engine_bank is not None and self._engine is not None:
+            self._engine.begin()
         if bank is None:
             generated = super()._generate(prompts)
         else:
@@ -358,6 +393,11 @@ class MechRewardGRPOTrainer(GRPOTrainer):
             mask = self._step_state.batch.mask()
             values = self._step_state.generation.values(*mask.shape)
             self._keep("policy", bank, values, mask.to(values.device))
+        if engine_bank is not None and self._engine is not None:
+            began = time.perf_counter()
+            values = self._engine.readings(self._step_state.batch, len(engine_bank)).to(self.accelerator.device)
+            self.hook_seconds += time.perf_counter() - began
+            self._keep("policy", engine_bank, values, self._step_state.batch.mask().to(values.device))
         return generated
 
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):

@@ -1,0 +1,48 @@
+"""What vLLM loads in each of its processes (entry point ``vllm.general_plugins``): hidden states as Gemma-2's output.
+
+vLLM's models hand out their residual stream as an output, for drafters (EAGLE-3), which is what readings use. Gemma-2
+lacks it in vLLM 0.32.
+"""
+
+from __future__ import annotations
+
+from itertools import islice
+
+
+def register() -> None:
+    """Give Gemma-2 the interface, where vLLM does not."""
+    import torch
+    from vllm.model_executor.models import gemma2  # pyright: ignore[reportMissingImports]
+    from vllm.model_executor.models.interfaces import (  # pyright: ignore[reportMissingImports]
+        EagleModelMixin,
+        SupportsEagle3,
+    )
+    from vllm.sequence import IntermediateTensors  # pyright: ignore[reportMissingImports]
+
+    if issubclass(gemma2.Gemma2Model, EagleModelMixin):
+        return
+    original = gemma2.Gemma2Model.forward
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: IntermediateTensors | None,
+        inputs_embeds: torch.Tensor | None = None,
+    ):
+        if not self.aux_hidden_state_layers:
+            return original(self, input_ids, positions, intermediate_tensors, inputs_embeds)
+        hidden = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
+        residual, states = None, []
+        self._maybe_add_hidden_state(states, 0, hidden, residual)
+        for number, layer in enumerate(islice(self.layers, self.start_layer, self.end_layer), start=1):
+            hidden, residual = layer(positions, hidden, residual)
+            self._maybe_add_hidden_state(states, number, hidden, residual)
+        hidden, _ = self.norm(hidden, residual)
+        return hidden, states
+
+    # vLLM's compiler looks at the annotations to find the sizes that change from step to step.
+    forward.__annotations__ = dict(original.__annotations__)
+    gemma2.Gemma2Model.forward = forward
+    gemma2.Gemma2Model.__bases__ += (EagleModelMixin,)
+    gemma2.Gemma2ForCausalLM.__bases__ += (SupportsEagle3,)

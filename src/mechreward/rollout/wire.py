@@ -1,0 +1,184 @@
+"""Readouts on their way to an engine's worker, and what was read there on its way back: JSON around safetensors.
+
+Text, because vLLM's remote calls take no tensors, and over HTTP nothing but text.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+
+from mechreward.errors import CaptureError
+from mechreward.readout import HookPoint, InputTransform, Nonlinearity, Readout
+from mechreward.rollout.batch import RolloutBatch
+
+
+def send_readouts(readouts: Sequence[Readout]) -> str:
+    """What :func:`receive_readouts` reads. A tensor that readouts share is sent once, and shared there too.
+
+    Raises:
+        CaptureError: A readout has a summary, which is code and stays here.
+    """
+    tensors: dict[str, Tensor] = {}
+    names: dict[int, str] = {}
+
+    def name(tensor: Tensor | None) -> str | None:
+        if tensor is None:
+            return None
+        if id(tensor) not in names:
+            names[id(tensor)] = f"t{len(names)}"
+            tensors[names[id(tensor)]] = tensor.detach().cpu().clone()  # safetensors refuses views of one storage
+        return names[id(tensor)]
+
+    cards = []
+    for r in readouts:
+        if r.summary is not None:
+            raise CaptureError(f"Readout '{r.name}' summarises a whole dictionary, which no engine's worker can do.")
+        cards.append(
+            {
+                "name": r.name,
+                "labels": r.labels,
+                "hook_point": str(r.hook_point),
+                "weight": name(r.weight),
+                "bias": name(r.bias),
+                "kind": r.nonlinearity.kind,
+                "parameters": {key: name(tensor) for key, tensor in r.nonlinearity.parameters.items()},
+                "k": r.nonlinearity.k,
+                "norm": r.transform.norm,
+                "shift": name(r.transform.shift),
+                "scale": r.transform.scale,
+                "center": r.transform.center,
+                "keep": name(r.keep),
+            }
+        )
+    return _text({"readouts": cards}, tensors)
+
+
+def receive_readouts(text: str) -> list[Readout]:
+    """The readouts that :func:`send_readouts` was given."""
+    header, tensors = _parts(text)
+    return [
+        Readout(
+            name=card["name"],
+            labels=tuple(card["labels"]),
+            hook_point=HookPoint.parse(card["hook_point"]),
+            weight=tensors[card["weight"]],
+            bias=tensors[card["bias"]],
+            nonlinearity=Nonlinearity(
+                card["kind"], {key: tensors[name] for key, name in card["parameters"].items()}, card["k"]
+            ),
+            transform=InputTransform(card["norm"], tensors.get(card["shift"]), card["scale"], card["center"]),
+            keep=tensors.get(card["keep"]),
+        )
+        for card in header["readouts"]
+    ]
+
+
+@dataclass(frozen=True, eq=False)
+class Fed:
+    """What one request fed to the model, and what was read of it.
+
+    Attributes:
+        prompt: The request's prompt.
+        tokens: ``[n]`` the tokens after it, as they were fed back.
+        values: ``[n, K]`` float32, their readings.
+        read: ``[n]`` bool; a position that no pass ran is False.
+    """
+
+    prompt: tuple[int, ...]
+    tokens: tuple[int, ...]
+    values: Tensor
+    read: Tensor
+
+
+def send_fed(requests: Sequence[Fed], columns: int) -> str:
+    """What :func:`receive_fed` reads."""
+    values = [request.values for request in requests]
+    read = [request.read for request in requests]
+    tensors = {
+        "prompts": torch.tensor([t for request in requests for t in request.prompt], dtype=torch.int32),
+        "tokens": torch.tensor([t for request in requests for t in request.tokens], dtype=torch.int32),
+        "values": torch.cat(values) if values else torch.zeros(0, columns),
+        "read": torch.cat(read) if read else torch.zeros(0, dtype=torch.bool),
+    }
+    lengths = [(len(request.prompt), len(request.tokens)) for request in requests]
+    return _text({"lengths": lengths}, tensors)
+
+
+def send_problem(problem: str) -> str:
+    """In the place of readings: why there are none. An error raised amid a step would end the engine."""
+    return json.dumps({"problem": problem})
+
+
+def receive_fed(text: str) -> list[Fed]:
+    """The requests that :func:`send_fed` was given.
+
+    Raises:
+        CaptureError: What :func:`send_problem` was given.
+    """
+    if "problem" in (problem := json.loads(text)):
+        raise CaptureError(problem["problem"])
+    header, tensors = _parts(text)
+    prompts, tokens = tensors["prompts"].tolist(), tensors["tokens"].tolist()
+    requests, p, t = [], 0, 0
+    for prompt, fed in header["lengths"]:
+        own = slice(t, t + fed)
+        requests.append(
+            Fed(tuple(prompts[p : p + prompt]), tuple(tokens[own]), tensors["values"][own], tensors["read"][own])
+        )
+        p, t = p + prompt, t + fed
+    return requests
+
+
+def match(fed: Sequence[Fed], batch: RolloutBatch, columns: int, read_last: bool = False) -> Tensor:
+    """Each rollout's readings, found by its very tokens: what was read is what was sampled, or it is an error.
+
+    Rollouts of the same tokens have the same readings, so that it does not matter which of them is found.
+
+    Args:
+        fed: What the engine's requests fed to the model.
+        batch: B rollouts.
+        columns: K.
+        read_last: The final sampled token was fed too.
+
+    Returns:
+        ``[B, T, K]`` float32, T the longest completion; what the batch's mask leaves out is 0.
+
+    Raises:
+        CaptureError: Nobody fed these tokens, or a position that is to be read was not.
+    """
+    of_prompt: dict[tuple[int, ...], list[Fed]] = {}
+    for request in fed:
+        of_prompt.setdefault(request.prompt, []).append(request)
+    mask = batch.mask(read_last)
+    values = torch.zeros(*mask.shape, columns)
+    for row, (prompt, completion) in enumerate(zip(batch.prompt_ids, batch.completion_ids, strict=True)):
+        wanted = mask[row].nonzero()[:, 0]
+        if not len(wanted):
+            continue
+        until = int(wanted[-1]) + 1
+        start = tuple(completion[:until])
+        found = [request for request in of_prompt.get(tuple(prompt), []) if request.tokens[:until] == start]
+        whole = next((request for request in found if bool(request.read[wanted].all())), None)
+        if whole is None:
+            raise CaptureError(
+                f"The engine has {'not read every token' if found else 'no request with the tokens'} of rollout {row} "
+                f"({len(prompt)} + {len(completion)} tokens): choose another way of reading, e.g. backend='forward'."
+            )
+        values[row, wanted] = whole.values[wanted]
+    return values
+
+
+def _text(header: dict, tensors: dict[str, Tensor]) -> str:
+    return json.dumps({**header, "tensors": base64.b64encode(save(tensors)).decode()})
+
+
+def _parts(text: str) -> tuple[dict, dict[str, Tensor]]:
+    header = json.loads(text)
+    return header, load(base64.b64decode(header.pop("tensors")))

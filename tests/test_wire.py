@@ -1,0 +1,155 @@
+"""Readouts and readings on their way to an engine's worker and back, and the choice of a way to read."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import by_hand
+from mechreward.errors import CaptureError, ConfigError
+from mechreward.readout import ReadoutBank, direction
+from mechreward.rollout.batch import RolloutBatch
+from mechreward.rollout.vllm import choose_backend
+from mechreward.rollout.wire import Fed, match, receive_fed, receive_readouts, send_fed, send_problem, send_readouts
+
+EOS = 9
+
+
+def batch_of(prompts, completions):
+    n = len(prompts)
+    return RolloutBatch([""] * n, [""] * n, prompts, completions, eos_token_ids=frozenset([EOS]))
+
+
+def told(prompt, token, position):
+    """A reading that says where it was taken."""
+    return 1000.0 * sum(prompt) + 10.0 * position + token
+
+
+def fed(prompt, tokens, read=None):
+    values = torch.tensor([[told(prompt, token, t)] for t, token in enumerate(tokens)]).view(-1, 1)
+    return Fed(
+        tuple(prompt), tuple(tokens), values, torch.tensor([True] * len(tokens) if read is None else read).bool()
+    )
+
+
+@pytest.mark.parametrize("name", ["jumprelu", "topk"])
+def test_readouts_arrive_as_they_were(name):
+    sae = by_hand.ours(name)
+    probe = direction("probe", torch.randn(sae.d_model), sae.hook_point, bias=0.5)
+    sent = [sae.features([3, 700, 1500]), sae.features([5], name="other"), probe]
+    x = torch.randn(50, sae.d_model) * 5
+    arrived = receive_readouts(send_readouts(sent))
+    assert [r.labels for r in arrived] == [r.labels for r in sent]
+    before, after = torch.zeros(50, 5), torch.zeros(50, 5)
+    ReadoutBank(sent).encode(sae.hook_point, x, before)
+    ReadoutBank(arrived).encode(sae.hook_point, x, after)
+    assert torch.equal(before, after)
+    assert before.abs().sum() > 0
+
+
+def test_a_shared_dictionary_crosses_once():
+    sae = by_hand.ours("topk")
+    one, two = send_readouts([sae.features([1])]), send_readouts([sae.features([1]), sae.features([2], name="two")])
+    assert len(two) < 1.1 * len(one)
+    first, second = receive_readouts(two)
+    assert first.weight is second.weight
+
+
+def test_a_summary_does_not_cross():
+    sae = by_hand.ours("jumprelu")
+    with pytest.raises(CaptureError, match="'health'"):
+        send_readouts([sae.health()])
+
+
+ids = st.lists(st.integers(3, 5), min_size=1, max_size=3)  # few tokens, so that many rollouts share a beginning
+
+
+@given(
+    st.lists(st.tuples(ids, st.lists(st.integers(3, 5), max_size=5), st.booleans()), min_size=1, max_size=8),
+    st.randoms(),
+)
+def test_each_rollout_finds_its_own_tokens(rollouts, random):
+    prompts = [prompt for prompt, _, _ in rollouts]
+    completions = [[*tokens, EOS] if ends else tokens for _, tokens, ends in rollouts]
+    # Engines feed all but the last token, and sometimes one more.
+    requests = [
+        fed(p, c[: len(c) - random.choice([0, 1])] if c else []) for p, c in zip(prompts, completions, strict=True)
+    ]
+    random.shuffle(requests)
+    batch = batch_of(prompts, completions)
+    values = match(receive_fed(send_fed(requests, 1)), batch, 1)
+    mask = batch.mask()
+    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        for t, token in enumerate(completion):
+            expected = told(prompt, token, t) if t < len(completion) - 1 else 0.0
+            assert values[row, t, 0] == expected
+            assert bool(mask[row, t]) == (t < len(completion) - 1)
+
+
+@pytest.mark.parametrize(
+    "requests, message",
+    [
+        ([], "no request with the tokens"),
+        ([fed([4], [5, 6])], "no request with the tokens"),  # another prompt
+        ([fed([3], [5, 7])], "no request with the tokens"),  # another token
+        ([fed([3], [5])], "no request with the tokens"),  # too short
+        ([fed([3], [5, 6], [True, False])], "not read every token"),
+    ],
+)
+def test_what_was_not_read_is_an_error(requests, message):
+    with pytest.raises(CaptureError, match=message):
+        match(requests, batch_of([[3]], [[5, 6, EOS]]), 1)
+
+
+def test_a_whole_request_is_preferred_to_a_broken_one():
+    broken, whole = fed([3], [5, 6], [True, False]), fed([3], [5, 6])
+    assert match([broken, whole], batch_of([[3]], [[5, 6, EOS]]), 1)[0, 1, 0] == told([3], 6, 1)
+
+
+def test_a_worker_s_problem_is_raised_here():
+    with pytest.raises(CaptureError, match="The hooks never ran"):
+        receive_fed(send_problem("The hooks never ran."))
+
+
+EAGER, DRAFTS, SPLIT = (
+    {"enforce_eager": True},
+    {"speculative_config": {"method": "ngram"}},
+    {"pipeline_parallel_size": 2},
+)
+
+
+@pytest.mark.parametrize(
+    "engine, returns_states, chosen",
+    [
+        ({}, True, "aux"),
+        (EAGER, True, "aux"),
+        (EAGER, False, "hook"),
+        ({}, False, "forward"),
+        (EAGER | DRAFTS, True, "second_pass"),
+        (DRAFTS, True, "forward"),
+        (EAGER | SPLIT, True, "forward"),
+    ],
+)
+def test_the_first_way_that_works_is_chosen(engine, returns_states, chosen):
+    assert choose_backend(engine, returns_states) == chosen
+
+
+@pytest.mark.parametrize(
+    "engine, returns_states, forced, message",
+    [
+        ({}, True, "hook", "enforce_eager=True"),
+        (EAGER, False, "aux", "cannot return its hidden states"),
+        ({}, False, "second_pass", "enforce_eager=True"),
+        (EAGER | DRAFTS, True, "hook", "backend='second_pass'"),
+        (EAGER | SPLIT, True, "aux", "several processes"),
+        ({}, True, "hooks", "Did you mean 'hook'"),
+    ],
+)
+def test_a_way_that_cannot_work_is_refused(engine, returns_states, forced, message):
+    with pytest.raises(ConfigError, match=message):
+        choose_backend(engine, returns_states, forced)
+
+
+@pytest.mark.parametrize("forced", ["aux", "hook", "second_pass", "forward"])
+def test_a_way_can_be_forced(forced):
+    assert choose_backend(EAGER, True, forced) == forced
