@@ -466,3 +466,67 @@ def test_scoring_leaves_the_batch_alone():
     copy = replace(batch)
     hybrid().score(batch, {})
     assert copy == batch
+
+
+# -- per token ---------------------------------------------------------------------------------------------------------
+
+TOKENS = st.lists(st.tuples(st.floats(-100, 100, width=32), st.booleans()), min_size=1, max_size=6)
+
+
+@given(
+    st.lists(st.tuples(TOKENS, st.sampled_from([0.0, 1.0, NAN]), st.sampled_from([0.0, 0.3, 1.0])), min_size=1),
+    st.floats(-3, 3),
+    st.sampled_from([{"mode": "sum"}, {"mode": "gated"}, {"mode": "gated", "gate": "penalty"}]),
+    st.sampled_from(["mean", "sum"]),
+    st.booleans(),
+)
+@settings(max_examples=200, deadline=None)
+def test_tokens_sum_to_the_reward_whatever_guards_and_gates_say(rows, weight, options, how, guarded):
+    width = max(len(tokens) for tokens, _, _ in rows) + 1  # the last token is not read
+    part = FeatureReward(one_column(), aggregation=how)
+    reward = CompositeReward([part, outcome()], [weight, 2.0], **options)
+    readings = {
+        part.request: readings_of([[*tokens, *[(9.0, False)] * (width - len(tokens))] for tokens, _, _ in rows])
+    }
+    batch = replace(
+        rollouts(len(rows), 1, columns={"right": [right for _, right, _ in rows]}),
+        completion_ids=[[*range(len(tokens) + 1)] for tokens, _, _ in rows],
+    )
+    if guarded:
+        trust = torch.tensor([trust for _, _, trust in rows])
+        batch = batch.guarded(trust, torch.zeros(len(rows), dtype=torch.bool), [[] for _ in rows])
+    rewards = reward.score(batch, readings).values
+    found = reward.per_token(batch, readings)[:, : max(len(ids) for ids in batch.completion_ids)]
+    for (tokens, right, _), got, value in zip(rows, found, rewards, strict=True):
+        if value.isnan():
+            assert got.isnan().all()
+            continue
+        close(got.nansum(), value, 1e-3)
+        has = [read for _, read in tokens] + [not math.isnan(right)]
+        assert (~got.isnan()).tolist() == has + [False] * (len(got) - len(has))
+
+
+def test_tokens_by_hand_with_a_guard_and_a_gate():
+    part = FeatureReward(one_column())
+    readings = {part.request: readings_of([[(4.0, True), (-1.0, True), (7.0, False)]] * 3)}
+    batch = replace(rollouts(3, 1, columns={"right": [1.0, 1.0, 0.0]}), completion_ids=[[5, 6, 7]] * 3)
+    batch = batch.guarded(torch.tensor([1.0, 0.5, 1.0]), torch.zeros(3, dtype=torch.bool), [[], ["x"], []])
+    for options, want in [
+        ({"mode": "sum"}, [[4, -1, 3], [2, -0.5, 3], [4, -1, 0]]),
+        ({"mode": "gated"}, [[4, -1, 3], [2, -0.5, 3], [0, 0, 0]]),
+    ]:
+        reward = CompositeReward([part, outcome()], [2.0, 3.0], **options)
+        close(reward.per_token(batch, readings), want)
+    close(CompositeReward([part], [-2.0]).per_token(batch, readings)[1], [-4, 1, NAN])  # a guard takes no penalty away
+
+
+def test_what_is_no_number_of_a_token_goes_to_the_last_one():
+    ranked = FeatureReward(one_column(), normalize="group")
+    nested = CompositeReward([CompositeReward([FeatureReward(one_column("inner"))], [2.0]), Given("g")])
+    readings = {r: readings_of([[(1.0, True), (0.0, False)], [(3.0, True), (0.0, False)]]) for r in
+                [*ranked.requests, *nested.requests]}  # fmt: skip
+    batch = replace(rollouts(2, 2, columns={"g": [5.0, NAN]}), completion_ids=[[5, 6], [5, 6]])
+    close(ranked.per_token(batch, readings), [[NAN, -0.7071], [NAN, 0.7071]], 1e-3)
+    close(nested.per_token(batch, readings), [[2, 5], [6, NAN]])
+    with pytest.raises(RewardError, match="whole rollouts"):
+        hybrid().per_token(batch, {})

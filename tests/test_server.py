@@ -4,7 +4,6 @@ import asyncio
 import hmac
 import itertools
 import json
-import math
 import os
 import signal
 import socket
@@ -760,6 +759,33 @@ def test_a_verifier_judges_by_the_labels_and_may_gate_the_features(rollouts):
     torch.testing.assert_close(rewards(verifier="gsm8k", weights=[0.5]), 0.5 * features + right)
 
 
+@pytest.mark.filterwarnings("ignore::mechreward.errors.CandidateWarning")
+@pytest.mark.parametrize("mode", ["sum", "gated"])
+def test_token_rewards_sum_to_the_reward(rollouts, mode):
+    """Of good, cut, resumed, repeating and empty responses, with right, wrong and no labels."""
+    answers = [q.answer for q in itertools.islice(questions("gate", 0, "reasoning"), 12)]
+    labels = [*answers[:8], answers[8], "-1", None, answers[11]]
+    packs, probes = tuple(f"pocket/{name}" for name in PACKS), (f"pocket/{PROBE[0]}",)
+    served = Served(
+        "mechreward/pocket", packs, probes, [1.0, -0.5, 0.25], verifier="gsm8k", mode=mode, aggregation="mean"
+    )
+    scores = Scorer(served).score([Rollout(*row) for row in zip(*rollouts, labels, strict=True)])
+    assert scores[5].flags and any(score.reward and abs(score.reward) > 1 for score in scores)
+    for score, response in zip(scores, rollouts[1], strict=True):
+        tokens = score.token_rewards
+        if score.reward is None:
+            assert tokens == [None] * len(response)
+            continue
+        assert sum(filter(None, tokens)) == pytest.approx(score.reward, abs=1e-4)
+        end = response.index(EOS) + 1 if EOS in response else len(response)
+        judged = end if score is not scores[10] else end - 1  # without a label the last token has no part
+        assert [t is not None for t in tokens] == [True] * judged + [False] * (len(response) - judged)
+    assert (scores[10].reward is None) == (mode == "gated")
+    if mode == "gated":
+        wrong = scores[9].token_rewards
+        assert set(filter(None, wrong)) == set() and wrong[-1] == 0
+
+
 # -- all of it, on pocket ----------------------------------------------------------------------------------------------
 
 TOKEN = "a-long-random-text"
@@ -834,11 +860,11 @@ def by_hand(model, prompt, response):
     features[f"pocket/{PROBE[0]}/pocket/{PROBE[0]}"] = float(logits.mean())
     parts.append((PROBE[1], logits))
 
-    def guarded(weight, values):
-        return weight * values.clamp(**{"max" if weight > 0 else "min": 0} if flagged else {"max": math.inf})
+    def left(weight, value):
+        return 0.0 if flagged and weight * value > 0 else weight
 
-    reward = sum(guarded(weight, tokens[-32:].mean()) for weight, tokens in parts)
-    tokens = sum(guarded(weight, tokens) for weight, tokens in parts).tolist()
+    reward = sum(left(weight, tokens[-32:].mean()) * tokens[-32:].mean() for weight, tokens in parts)
+    tokens = sum(left(weight, tokens.mean()) * tokens / len(read) for weight, tokens in parts).tolist()
     return float(reward), tokens + [None] * (len(response) - len(read)), features
 
 

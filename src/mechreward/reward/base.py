@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from mechreward.errors import RewardError
@@ -88,6 +89,19 @@ class Reward:
             sense: Negative where the caller subtracts these scores: then guards must not lower but raise them.
         """
         raise RewardError(f"{type(self).__name__} does not say how it scores.")
+
+    def per_token(self, batch: RolloutBatch, readings: Mapping[Request, Readings], sense: float = 1.0) -> Tensor:
+        """The rollouts' rewards dealt out to their tokens, for trainers that take one number a token.
+
+        Args:
+            batch, readings, sense: As for :meth:`score`.
+
+        Returns:
+            ``[B, T]`` float32 on the CPU, NaN where a token gets nothing. Here the last real token gets all.
+        """
+        values, lengths = self.score(batch, readings, sense).values, torch.tensor(batch.lengths)
+        last = torch.arange(max(map(len, batch.completion_ids))) == lengths[:, None] - 1
+        return torch.where(last, values[:, None], torch.nan)
 
     def state_dict(self) -> dict[str, Any]:
         """Running statistics, saved with checkpoints (JSON)."""

@@ -156,7 +156,7 @@ class CompositeReward(Reward):
             for reward, weight in zip(self.rewards, self.weights, strict=True)
         ]
         values = torch.stack([s.values for s in scores])  # [parts, B]
-        combined = {"sum": self._sum, "hero": self._hero, "gated": self._gated}[self.mode](values, batch)
+        combined = self._combined(values, batch)
         parts, metrics = {}, {}
         for label, weight, s in zip(labels(self.rewards), self.weights, scores, strict=True):
             parts[label] = s.values
@@ -173,6 +173,29 @@ class CompositeReward(Reward):
             metrics["hero_sigma_bar"] = self.sigma_bar
         return Scores(combined, dense, parts, metrics)
 
+    def per_token(self, batch: RolloutBatch, readings: Mapping[Request, Readings], sense: float = 1.0) -> Tensor:
+        """Each part's :meth:`Reward.per_token` times its weight, what the gate closes out as 0.
+
+        A rollout's tokens sum to its score where the features are aggregated by their mean or sum.
+
+        Raises:
+            RewardError: ``mode="hero"``, which ranks whole rollouts.
+        """
+        if self.mode == "hero":
+            raise RewardError("mode='hero' ranks whole rollouts and has no rewards per token: use sum or gated.")
+        senses = [sense * math.copysign(1.0, weight) for weight in self.weights]
+        parts = list(zip(self.rewards, self.weights, senses, strict=True))
+        values = torch.stack([part.score(batch, readings, own).values for part, _, own in parts])  # [parts, B]
+        tokens = torch.stack([weight * part.per_token(batch, readings, own) for part, weight, own in parts])
+        if self.mode == "gated":
+            features = [i for i in range(len(parts)) if i not in self.outcomes]
+            tokens[features] *= self._opens(values)[:, None]
+        total = tokens.nansum(dim=0).masked_fill(tokens.isnan().all(dim=0), torch.nan)  # [B, T]
+        return total.masked_fill(self._combined(values, batch).isnan()[:, None], torch.nan)
+
+    def _combined(self, values: Tensor, batch: RolloutBatch) -> Tensor:
+        return {"sum": self._sum, "hero": self._hero, "gated": self._gated}[self.mode](values, batch)
+
     def _weighted(self, values: Tensor, which: Sequence[int]) -> Tensor:
         """sum_i w_i r_i over some parts, ``[B]``; NaN only where all of them are."""
         chosen = values[list(which)]
@@ -187,8 +210,12 @@ class CompositeReward(Reward):
 
     def _gated(self, values: Tensor, batch: RolloutBatch) -> Tensor:
         outcome, features = values[self.outcomes[0]], self._features(values).nan_to_num(0.0)
-        allowed = features * (outcome > 0.5) if self.gate == "passes" else features.clamp(max=0)
+        allowed = features * self._opens(values)
         return outcome * self.weights[self.outcomes[0]] + allowed  # NaN where the outcome is unknown
+
+    def _opens(self, values: Tensor) -> Tensor:
+        """Where the gate lets the features count, ``[B]`` bool."""
+        return values[self.outcomes[0]] > 0.5 if self.gate == "passes" else self._features(values) < 0
 
     def _hero(self, values: Tensor, batch: RolloutBatch) -> Tensor:
         outcome = batch.grouped(values[self.outcomes[0]])  # [groups, N]

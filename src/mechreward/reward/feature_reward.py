@@ -207,6 +207,22 @@ class FeatureReward(Reward):
         values = self._normalized(lowered(raw, batch.trust, sense), batch)
         return Scores(values * factor, (), {"raw": raw})
 
+    def per_token(self, batch: RolloutBatch, readings: Mapping[Request, Readings], sense: float = 1.0) -> Tensor:
+        """r_t / n on the n tokens that are read, as much of it as the guards leave of their mean.
+
+        What is summed over tokens (``sum``, attention pooling) is not divided. What is normalised or scheduled is a
+        number of the whole rollout, and goes to its last token.
+        """
+        if self.normalize != "none" or self.schedule is not None:
+            return super().per_token(batch, readings, sense)
+        read = readings[self.request]
+        shares = self.raw(read)
+        if self.aggregation not in ("sum", "attention"):
+            shares = shares / read.mask.sum(dim=1, keepdim=True)
+        shares = shares.masked_fill(~read.mask, 0.0).cpu()
+        kept = _kept(shares.sum(dim=1), batch.trust, sense)
+        return (shares * kept[:, None]).masked_fill(~read.mask.cpu(), torch.nan)
+
     def _normalized(self, values: Tensor, batch: RolloutBatch) -> Tensor:
         if self.normalize == "group":
             return zscore_in_group(values, batch)
@@ -226,5 +242,9 @@ def lowered(values: Tensor, trust: Tensor | None, sense: float = 1.0) -> Tensor:
     """
     if trust is None:
         return values
-    gain, loss = values.clamp(min=0), values.clamp(max=0)
-    return trust * gain + loss if sense >= 0 else gain + trust * loss
+    return values * _kept(values, trust, sense)
+
+
+def _kept(values: Tensor, trust: Tensor | None, sense: float) -> Tensor:
+    """The share that the guards leave of each value."""
+    return torch.ones_like(values) if trust is None else torch.where(values * sense > 0, trust, 1.0)

@@ -61,8 +61,11 @@ class ScoreReply(_Checked):
     Attributes:
         rewards: B rewards; null where no token could be read, or a guard drops the rollout.
         version: Of the weights that were read: ``"initial"``, or what ``POST /weights`` called them.
-        token_rewards: For each response token its reward before aggregation; null where the token is not read, which
-            is the case for the last sampled one and what follows the first end token.
+        token_rewards: For each response token its part of the rollout's reward, for trainers that take one number a
+            token: the weighted reward of each token read divided by how many are read, and the outcome's at the last
+            real token, which is the first end token if there is one. They sum to the reward where the features are
+            aggregated by their mean. Null where a token has no part: what is not read, which is the last sampled token
+            (without an outcome) and what follows the first end token, and all of a rollout whose reward is null.
         features: For each reward's columns B values, means over the tokens read; null where none was.
         flags: B lists of what guards said, in words.
     """

@@ -15,11 +15,10 @@ from torch import Tensor
 
 from mechreward.errors import ConfigError, ModelMismatchError
 from mechreward.hacking.detectors import Guard
-from mechreward.readout import Readings
 from mechreward.reward.aggregation import aggregation
 from mechreward.reward.base import Reward
 from mechreward.reward.composition import CompositeReward, labels
-from mechreward.reward.feature_reward import FeatureReward, lowered
+from mechreward.reward.feature_reward import FeatureReward
 from mechreward.reward.outcome import OutcomeReward
 from mechreward.rollout.batch import RolloutBatch
 from mechreward.rollout.capture import check_fits
@@ -163,9 +162,10 @@ class Scorer:
         readings = self.source.read(batch, self.reward.requests)
         guarded = self.reward.guard(batch, readings)
         values = self.reward.score(guarded, readings).values
+        per_token = self.reward.per_token(guarded, readings)
         if guarded.dropped is not None:
             values = values.masked_fill(guarded.dropped, torch.nan)
-        per_token = self._per_token(guarded, readings)
+            per_token = per_token.masked_fill(guarded.dropped[:, None], torch.nan)
         columns = self._columns(readings)
         flags = guarded.flags if guarded.flags is not None else [[] for _ in rollouts]
         return [
@@ -190,16 +190,6 @@ class Scorer:
             num_generations=rollouts[0].group,
             eos_token_ids=self.ends,
         )
-
-    def _per_token(self, batch: RolloutBatch, readings: Any) -> Tensor:
-        """sum_i w_i r_t, lowered by the guards, ``[B, T]``; NaN where a token is not read."""
-        total, read = torch.zeros(()), torch.zeros((), dtype=torch.bool)
-        for weight, part in _weighted_features(self.reward):
-            own: Readings = readings[part.request]
-            trust = None if batch.trust is None else batch.trust.to(own.values.device)[:, None]
-            total = total + weight * lowered(part.raw(own), trust, math.copysign(1.0, weight)).cpu()
-            read = read | own.mask.cpu()
-        return total.masked_fill(~read, torch.nan)
 
     def _columns(self, readings: Any) -> dict[str, Tensor]:
         """Each reward's columns, averaged over each rollout's tokens, ``[B]`` each."""
@@ -286,11 +276,6 @@ def build_reward(served: Served) -> CompositeReward:
 
 def _features(reward: CompositeReward) -> list[FeatureReward]:
     return [part for part in reward.rewards if isinstance(part, FeatureReward)]
-
-
-def _weighted_features(reward: CompositeReward) -> list[tuple[float, FeatureReward]]:
-    pairs = zip(reward.weights, reward.rewards, strict=True)
-    return [(weight, part) for weight, part in pairs if isinstance(part, FeatureReward)]
 
 
 def _number(value: float) -> float | None:
