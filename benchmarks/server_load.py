@@ -105,8 +105,8 @@ def made(scorer: Scorer, count: int, each: int) -> list[Request]:
     """Requests of ``each`` rollouts of one prompt: pocket's word problems and parts of their solutions."""
     draw, found = random.Random(0), []
     for question in itertools.islice(questions("gate", 0, "reasoning"), count):
-        prompt = scorer.tokenizer(question.prompt).input_ids
-        solution = scorer.tokenizer(question.solution, add_special_tokens=False).input_ids
+        prompt = scorer.model.tokenizer(question.prompt).input_ids
+        solution = scorer.model.tokenizer(question.solution, add_special_tokens=False).input_ids
         parts = [solution[: draw.randint(min(8, len(solution)), len(solution))] for _ in range(each)]
         rollouts = [Rollout(prompt, part, group=each) for part in parts]
         body = json.dumps(

@@ -250,6 +250,7 @@ def curve(folder, out, seed, use_vllm):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3000)
 @pytest.mark.filterwarnings("ignore::mechreward.errors.CandidateWarning")
 def test_training_learns_as_with_hugging_face_s_rollouts(model, tmp_path, colocated):
     """GRPO of pocket: 30 steps of 96 rollouts. Between seeds, the mean of the last ten steps moves by about .03."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging.config
 import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -29,6 +30,9 @@ def serve(
     guard: Annotated[str | None, typer.Option(help="Detectors on guard: standard, strict or text_only.")] = None,
     aggregation: Annotated[str | None, typer.Option(help="In place of the packs' own, e.g. max.")] = None,
     dtype: Annotated[str, typer.Option(help="Of the model's weights: float32, bfloat16 or float16.")] = "float32",
+    vllm: Annotated[
+        str | None, typer.Option(help="Read with vLLM: its engine arguments as JSON, e.g. '{}'.", metavar="JSON")
+    ] = None,
     live: Annotated[bool, typer.Option(help="Take the policy's weights at POST /weights.")] = False,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535)] = 8000,
@@ -66,6 +70,7 @@ def serve(
         raise ConfigError(f"--mode {mode} is not possible: use sum or gated.{nearest(mode, ['sum', 'gated'])}")
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ConfigError(f"--dtype {dtype} is not possible: use float32, bfloat16 or float16.")
+    engine = None if vllm is None else _engine(vllm)
     uvicorn = require("uvicorn", "server")
     require("fastapi", "server")
     require("prometheus_client", "server")
@@ -75,7 +80,7 @@ def serve(
 
     served = Served(
         model=model, packs=tuple(pack or ()), probes=tuple(probe or ()), weights=weight, verifier=verifier, mode=mode,
-        guard=guard, aggregation=aggregation, dtype=dtype,
+        guard=guard, aggregation=aggregation, dtype=dtype, vllm=engine,
     )  # fmt: skip
     logging.config.dictConfig(CONFIG)
     logging.captureWarnings(True)
@@ -91,6 +96,20 @@ def serve(
         app.state.worker.stop()
         if app.state.worker.failure is not None:
             raise app.state.worker.failure
+
+
+def _engine(given: str) -> dict[str, Any]:
+    from mechreward.errors import ConfigError
+    from mechreward.extras import require
+
+    try:
+        engine = json.loads(given)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"--vllm is not JSON ({error}): write e.g. '{{\"enforce_eager\": true}}'.") from error
+    if not isinstance(engine, dict):
+        raise ConfigError(f"--vllm needs a JSON object of engine arguments, not {given}: write e.g. '{{}}'.")
+    require("vllm", "vllm")
+    return engine
 
 
 def _loopback(host: str) -> bool:

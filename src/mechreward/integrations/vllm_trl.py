@@ -70,8 +70,9 @@ class TRLEngine:
         config = text_config(trainer.accelerator.unwrap_model(trainer.model))
         if getattr(config, "attn_logit_softcapping", None) is not None and config._attn_implementation == "sdpa":
             logger.warning(
-                "vLLM caps the attention logits of this model and Hugging Face's SDPA does not, so that the rollouts come "
-                'from a slightly other model than the one that is trained: load it with attn_implementation="eager".'
+                "vLLM caps the attention logits of this model and Hugging Face's SDPA does not, so that the rollouts "
+                "come from a slightly other model than the one that is trained: load it with "
+                'attn_implementation="eager".'
             )
         if trainer.vllm_mode == "server":
             self._ask_server(bank)

@@ -102,6 +102,7 @@ class VLLMRollout:
     Attributes:
         llm: The `vllm.LLM`.
         backend: How readings are taken while generating.
+        ends: Tokens that end a completion.
 
     Raises:
         ConfigError: The backend cannot read this engine.
@@ -119,6 +120,8 @@ class VLLMRollout:
             engine = {**engine, **reading_options(self.model, engine, self.bank.hook_points, self.backend)}
         self.llm = vllm.LLM(model=self.model, **engine)
         self._fits()
+        chosen = self.llm.llm_engine.model_config.try_get_generation_config().get("eos_token_id")
+        self.ends = end_tokens(None, self.llm.get_tokenizer(), chosen)
         self._copy: Any = None
         if self.backend != "forward":
             self._call("mechreward_attach", send_readouts(self.bank.readouts))
@@ -168,17 +171,13 @@ class VLLMRollout:
             prompt_ids=[list(output.prompt_token_ids) for output, _ in each],
             completion_ids=[list(completion.token_ids) for _, completion in each],
             num_generations=num_generations,
-            eos_token_ids=self._ends(tokenizer),
+            eos_token_ids=self.ends,
         )
         if during:
             values = match(receive_fed(self._call("mechreward_drain")), batch, len(self.bank))
             return batch, self.bank.split(values, batch.mask())
         requests = [Request(readout) for readout in self.bank.readouts]
         return batch, {request.readout: read for request, read in self.read(batch, requests, lora).items()}
-
-    def _ends(self, tokenizer: Any) -> frozenset[int]:
-        ends = self.llm.llm_engine.model_config.try_get_generation_config().get("eos_token_id")
-        return end_tokens(None, tokenizer, ends)
 
     def read(
         self, batch: RolloutBatch, requests: Sequence[Request], lora_request: Any = None

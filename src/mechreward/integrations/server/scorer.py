@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mechreward.errors import ConfigError, ModelMismatchError
+from mechreward.errors import ConfigError
 from mechreward.hacking.detectors import Guard
+from mechreward.integrations.server.models import HuggingFaceModel, ServedModel, VLLMModel
 from mechreward.reward.aggregation import aggregation
 from mechreward.reward.base import Reward
 from mechreward.reward.composition import CompositeReward, labels
 from mechreward.reward.feature_reward import FeatureReward
 from mechreward.reward.outcome import OutcomeReward
 from mechreward.rollout.batch import RolloutBatch
-from mechreward.rollout.capture import check_fits
-from mechreward.rollout.hf import HFSource, end_tokens, load_model, over_tokens
+from mechreward.rollout.hf import over_tokens
 
 INITIAL = "initial"
 """Version of the weights that the server was started with."""
@@ -42,6 +41,7 @@ class Served:
         guard: Preset of the adversarial suite; None for the repetition detector alone.
         aggregation: In place of what each pack and probe was measured with.
         dtype: Of the model's weights.
+        vllm: Engine arguments of vLLM, if it is to read; None for Hugging Face's model.
     """
 
     model: str
@@ -53,21 +53,7 @@ class Served:
     guard: str | None = None
     aggregation: str | None = None
     dtype: str = "float32"
-
-
-@dataclass(frozen=True)
-class ModelLimits:
-    """What a model can take.
-
-    Attributes:
-        longest: Tokens, prompt and response together, if it says.
-        vocabulary: Token ids lie below.
-        weights: Bytes that a file of its weights may have, in whatever precision.
-    """
-
-    longest: int | None
-    vocabulary: int
-    weights: int
+    vllm: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -115,7 +101,6 @@ class Scorer:
 
     def __init__(self, served: Served, memory: Path | None = None):
         self.served, self.version, self.memory = served, INITIAL, memory
-        self.model, self.tokenizer = load_model(served.model, getattr(torch, served.dtype))
         self.reward = build_reward(served)
         for part in _features(self.reward):
             if part.aggregation == "per_token":
@@ -123,20 +108,13 @@ class Scorer:
                     "aggregation='per_token' has no number for a whole rollout: serve another, and ask for "
                     "token_rewards, which every reply can carry."
                 )
-        check_fits([request.readout for request in self.reward.requests], self.model)
-        # Whatever a reward reads, the server has one model: a frozen copy, or a live one where weights are pushed.
-        self.source = HFSource(self.model, self.tokenizer, reference=self.model)
-        self.ends = end_tokens(self.model, self.tokenizer)
+        readouts = [request.readout for request in self.reward.requests]
+        if served.vllm is None:
+            self.model: ServedModel = HuggingFaceModel(served.model, served.dtype, readouts)
+        else:
+            self.model = VLLMModel(served.model, served.dtype, readouts, dict(served.vllm))
         if memory is not None and memory.exists():
             self.reward.load_state_dict(json.loads(memory.read_text()))
-
-    @property
-    def limits(self) -> ModelLimits:
-        """What the model can take."""
-        config = self.model.config.get_text_config()
-        longest = getattr(config, "max_position_embeddings", None)
-        weights = (1 << 20) + 8 * sum(tensor.numel() for tensor in self.model.state_dict().values())
-        return ModelLimits(longest if isinstance(longest, int) else None, config.vocab_size, weights)
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Score]:
         """Score rollouts; groups must be whole."""
@@ -159,7 +137,7 @@ class Scorer:
     @torch.no_grad()
     def _score(self, rollouts: Sequence[Rollout]) -> list[Score]:
         batch = self._batch(rollouts)
-        readings = self.source.read(batch, self.reward.requests)
+        readings = self.model.read(batch, self.reward.requests)
         guarded = self.reward.guard(batch, readings)
         values = self.reward.score(guarded, readings).values
         per_token = self.reward.per_token(guarded, readings)
@@ -182,13 +160,13 @@ class Scorer:
     def _batch(self, rollouts: Sequence[Rollout]) -> RolloutBatch:
         prompts, responses = [r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts]
         return RolloutBatch(
-            prompts=self.tokenizer.batch_decode(prompts, skip_special_tokens=True),
-            completions=self.tokenizer.batch_decode(responses, skip_special_tokens=True),
+            prompts=self.model.tokenizer.batch_decode(prompts, skip_special_tokens=True),
+            completions=self.model.tokenizer.batch_decode(responses, skip_special_tokens=True),
             prompt_ids=prompts,
             completion_ids=responses,
             columns={"label": [r.label for r in rollouts]},
             num_generations=rollouts[0].group,
-            eos_token_ids=self.ends,
+            eos_token_ids=self.model.ends,
         )
 
     def _columns(self, readings: Any) -> dict[str, Tensor]:
@@ -204,8 +182,7 @@ class Scorer:
         """Read another version's weights into the model.
 
         Args:
-            file: Safetensors, under the names of the model's own ``state_dict``. Tied weights may be left out, and so
-                may the head, which no reading looks at.
+            file: Safetensors, under the names of the model's own ``state_dict``; see `models.fitting`.
             version: What replies call it from now on.
 
         Returns:
@@ -214,42 +191,9 @@ class Scorer:
         Raises:
             ModelMismatchError: The file is damaged, or does not fit; the model is as it was.
         """
-        own = self.model.state_dict()
-        try:
-            with safe_open(file, framework="pt") as opened:
-                names = set(opened.keys())
-                self._check_names(names, own)
-                for name in names:
-                    shape = tuple(opened.get_slice(name).get_shape())
-                    if shape != tuple(own[name].shape):
-                        raise ModelMismatchError(
-                            f"Tensor '{name}' has shape {list(shape)}, and the server's model has "
-                            f"{list(own[name].shape)}: push the weights of the same architecture."
-                        )
-                for name in names:
-                    own[name].copy_(opened.get_tensor(name))
-        except SafetensorError as error:
-            raise ModelMismatchError(f"The weights are not whole safetensors ({error}): push them again.") from error
+        tensors = self.model.load_weights(file)
         self.version = version
-        return len(names)
-
-    def _check_names(self, names: set[str], own: dict[str, Tensor]) -> None:
-        unknown = sorted(names - own.keys())
-        if unknown:
-            raise ModelMismatchError(
-                f"The server's model has no tensor '{unknown[0]}' ({len(unknown)} such names): push what the policy's "
-                "state_dict() calls its weights, without a wrapper's prefix."
-            )
-        held = {own[name].data_ptr() for name in names}
-        needed = {
-            name for name, tensor in self.model.named_parameters() if tensor.data_ptr() not in held and name in own
-        }
-        missing = sorted(name for name in needed - names if not name.startswith("lm_head."))
-        if missing:
-            raise ModelMismatchError(
-                f"Tensor '{missing[0]}' is missing ({len(missing)} are): push all weights at once, or readings would "
-                "mix two versions."
-            )
+        return tensors
 
 
 def build_reward(served: Served) -> CompositeReward:

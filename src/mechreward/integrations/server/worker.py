@@ -18,7 +18,8 @@ import transformers
 
 from mechreward.errors import MechRewardError, ServiceError
 from mechreward.integrations.server.log import CONFIG
-from mechreward.integrations.server.scorer import INITIAL, ModelLimits, Rollout, Score, Scorer, Served
+from mechreward.integrations.server.models import ModelLimits
+from mechreward.integrations.server.scorer import INITIAL, Rollout, Score, Scorer, Served
 
 logger = logging.getLogger(__name__)
 
@@ -175,7 +176,7 @@ def _work(connection: Connection, served: Served, folder: Path) -> None:
     except MechRewardError as error:
         connection.send(error)
         return
-    connection.send(scorer.limits)
+    connection.send(scorer.model.limits)
     with contextlib.suppress(EOFError, OSError):
         while True:
             what, given = connection.recv()
