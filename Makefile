@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-slow lint pocket clean
+.PHONY: demo test test-slow test-engines test-vllm test-verl lint pocket clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python scripts/demo.py
@@ -14,6 +14,19 @@ test: $(VENV)/.dev
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -n auto --dist loadfile -m slow
+
+# Real vLLM, OpenRLHF's own client and whole verl runs, in environments of their own, made once and kept. A process for
+# each file: what vLLM imports for one engine can keep it from building another.
+ENGINE_TESTS := -m 'engine and not slow'
+test-engines: test-vllm test-verl
+
+test-vllm:
+	python=$$(scripts/engine_env.sh vllm) && for file in vllm vllm_trl vllm_server; do \
+		$$python -m pytest $(ENGINE_TESTS) tests/test_$$file.py || exit 1; done
+
+test-verl:
+	python=$$(scripts/engine_env.sh verl) && for file in openrlhf verl; do \
+		$$python -m pytest $(ENGINE_TESTS) tests/test_$$file.py || exit 1; done
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
