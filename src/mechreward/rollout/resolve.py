@@ -7,7 +7,6 @@ TRL passes reward functions bound methods of the trainer (``log_metric``, ``log_
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -172,18 +171,6 @@ def frozen_copy(trainer: Any, policy: Any) -> nn.Module:
             raise RewardError('reads="reference" under DeepSpeed ZeRO-3 needs TRL\'s own reference model: set beta.')
         origin = policy.config._name_or_path
         logger.warning('beta=0 keeps no reference model: loading a frozen copy of %s for reads="reference".', origin)
-        with _loaded_by_each_process():
-            copy = type(policy).from_pretrained(origin, dtype=policy.dtype).to(trainer.accelerator.device)
+        copy = type(policy).from_pretrained(origin, dtype=policy.dtype).to(trainer.accelerator.device)
         trainer.mechreward_reference = copy.eval().requires_grad_(False)
     return trainer.mechreward_reference
-
-
-@contextmanager
-def _loaded_by_each_process() -> Iterator[None]:
-    """Where FSDP loads "efficiently", transformers reads weights in the first process alone, for FSDP to send on."""
-    chosen = os.environ.pop("FSDP_CPU_RAM_EFFICIENT_LOADING", None)
-    try:
-        yield
-    finally:
-        if chosen is not None:
-            os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = chosen
