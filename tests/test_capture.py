@@ -693,9 +693,9 @@ def test_errors_leave_no_hook_and_no_window(models, saved_sae):
     with torch.no_grad():
         model(input_ids=rows([5, 6]))  # no window is open: the broken reader is not called
     with pytest.raises(ZeroDivisionError):
-        truncated_forward(model, tap, broken, lambda m: m(input_ids=rows([5, 6])))
+        truncated_forward(model, tap, broken, {"input_ids": rows([5, 6])})
     reader = SequenceReader(bank, torch.ones(1, 2, dtype=torch.bool))
-    truncated_forward(model, tap, reader, lambda m: m(input_ids=rows([5, 6])))
+    truncated_forward(model, tap, reader, {"input_ids": rows([5, 6])})
     assert reader.values().shape == (2, 4)
     tap.close()
     assert hooks_on(model) == before

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+import functools
+import inspect
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, Protocol
 
 import torch
@@ -12,22 +15,39 @@ from torch import Tensor, nn
 from mechreward.errors import CaptureError, ModelMismatchError
 from mechreward.readout import HookPoint, Readout, ReadoutBank
 
+logger = logging.getLogger(__name__)
+
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside DDP, torch.compile and the like; PEFT stays, since its adapters are part of the forward."""
+    """The model inside DDP, DeepSpeed's engine, torch.compile and the like.
+
+    PEFT stays, since its adapters are part of the forward, and so does FSDP, which gathers the weights for it.
+    """
     while True:
         if hasattr(model, "_orig_mod"):
             model = model._orig_mod  # pyright: ignore[reportAssignmentType]
-        elif isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
+        elif isinstance(model, nn.parallel.DistributedDataParallel) or type(model).__name__ == "DeepSpeedEngine":
+            model = model.module  # pyright: ignore[reportAssignmentType]
         else:
             return model
 
 
 def _transformer(model: nn.Module) -> nn.Module:
-    """The HF model under PEFT."""
+    """The HF model under FSDP1 and PEFT. (FSDP2 wraps nothing: it changes the class.)"""
     model = unwrap(model)
+    model = getattr(model, "_fsdp_wrapped_module", model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether each process holds a part of the weights (FSDP, DeepSpeed ZeRO-3), so that all must run each pass."""
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        return True
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+    return any(isinstance(module, (FSDPModule, FullyShardedDataParallel)) for module in model.modules())
 
 
 def text_config(model: nn.Module):
@@ -295,15 +315,50 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def truncated_forward(model: nn.Module, tap: ResidualTap, reader: Reader, run: Callable[[nn.Module], None]) -> None:
-    """Run ``run(model)`` once, uncompiled and in eval mode, and stop after the tap's deepest hook."""
-    inner = unwrap(model)
+def truncated_forward(model: nn.Module, tap: ResidualTap, reader: Reader, inputs: Mapping[str, Any]) -> None:
+    """Run the model once on ``inputs``, uncompiled and in eval mode, and stop after the tap's deepest hook.
+
+    A sharded model runs to its end: one that broke off would keep the weights that it had gathered, and read old ones
+    after the next optimiser step. Its wrapper is the whole model's, so the decoder cannot be run without the head,
+    which is kept to one token instead.
+    """
+    inner, whole = unwrap(model), is_sharded(model)
+    if whole:
+        inputs = {**inputs, **_one_logit(inner)}
+        _say_whole(type(_transformer(model)).__name__)
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(evaluating(inner))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
-        with tap.window(reader, stop=True):
-            try:
-                run(inner)
-            except _Stop:
-                return
+        stack.enter_context(tap.window(reader, stop=not whole))
+        stack.enter_context(suppress(_Stop))
+        inner(**inputs)
+    if whole:
+        _reshard(inner)
+
+
+def _reshard(model: nn.Module) -> None:
+    """Give back what FSDP2 keeps gathered after a forward pass: without a backward pass, nothing else does.
+
+    The next optimiser step would change the shards alone, and later passes would run with the old weights.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def _one_logit(model: nn.Module) -> dict[str, int]:
+    """For those heads that can be told so: only the last token's logits."""
+    takes = inspect.signature(type(_transformer(model)).forward).parameters
+    return {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+
+
+@functools.cache
+def _say_whole(name: str) -> None:
+    logger.warning(
+        "%s is sharded over processes (FSDP or ZeRO-3): our own forward passes run all of its layers, not only those "
+        "up to the deepest that is read, since breaking off would leave its weights gathered.",
+        name,
+    )

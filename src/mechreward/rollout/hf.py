@@ -12,10 +12,17 @@ from torch import Tensor, nn
 
 from mechreward import pocket
 from mechreward.errors import ConfigError, RewardError
-from mechreward.readout import Readings, Readout, ReadoutBank, Request
+from mechreward.readout import HookPoint, Readings, Readout, ReadoutBank, Request
 from mechreward.reward.aggregation import Aggregate, aggregation
 from mechreward.rollout.batch import Call, RolloutBatch, Text, plain_text
-from mechreward.rollout.capture import ResidualTap, SequenceReader, check_fits, truncated_forward, unwrap
+from mechreward.rollout.capture import (
+    ResidualTap,
+    SequenceReader,
+    check_fits,
+    is_sharded,
+    truncated_forward,
+    unwrap,
+)
 
 if TYPE_CHECKING:
     from mechreward.reward.base import Reward, Scores
@@ -38,7 +45,8 @@ def read_forward(
     """Read a batch's completions with forward passes of our own, truncated after the deepest hook.
 
     Rows are padded on the right, so that positions are right even for models that look them up in a table, and sorted
-    by length, so that little is padded. The model is in eval mode meanwhile.
+    by length, so that little is padded. The model is in eval mode meanwhile. A sharded model (FSDP, ZeRO-3) runs whole
+    passes, and as many on each process: all processes must call this function together.
 
     Args:
         model: Any HF causal language model, wrapped or not.
@@ -58,13 +66,13 @@ def read_forward(
     mask = batch.mask(read_last)
     values = torch.zeros(*mask.shape, len(bank), device=device)
     rows = [list(p) + list(c) for p, c in zip(batch.prompt_ids, batch.completion_ids, strict=True)]
-    order = [i for i in sorted(range(len(rows)), key=lambda i: len(rows[i])) if mask[i].any()]
+    chunks = _chunks([i for i in range(len(rows)) if mask[i].any()], rows, max_tokens)
     tap = ResidualTap(model, bank.hook_points)
     try:
-        while order:
-            width = len(rows[order[-1]])
-            count = max(1, max_tokens // width)
-            order, chunk = order[:-count], order[-count:]
+        # Agreed before the first pass: a sharded model's processes must do the same things in the same order.
+        idle = _most(len(chunks), device) - len(chunks) if is_sharded(model) else 0
+        for chunk in chunks:
+            width = max(len(rows[i]) for i in chunk)
             ids = torch.zeros(len(chunk), width, dtype=torch.long)
             attention = torch.zeros_like(ids)
             positions = torch.zeros_like(ids, dtype=torch.bool)
@@ -76,13 +84,38 @@ def read_forward(
             reader = SequenceReader(bank, positions)
             inputs = {"input_ids": ids.to(device), "attention_mask": attention.to(device), "use_cache": False}
             with autocast():
-                truncated_forward(model, tap, reader, lambda m, inputs=inputs: m(**inputs))
+                truncated_forward(model, tap, reader, inputs)
             block = torch.zeros(len(chunk), *values.shape[1:], device=device)
-            block[mask[chunk].to(device)] = reader.values()
+            block[mask[chunk].to(device)] = reader.values().to(device)  # FSDP may keep the parameters elsewhere
             values[chunk] = block
+        for _ in range(idle):
+            token = torch.zeros(1, 1, dtype=torch.long, device=device)
+            with autocast():
+                truncated_forward(model, tap, _read_nothing, {"input_ids": token, "use_cache": False})
     finally:
         tap.close()
     return bank.split(values, mask.to(device))
+
+
+def _chunks(chosen: Sequence[int], rows: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
+    """The chosen rows, the longest first, in chunks of at most ``max_tokens`` padded tokens, and one row at least."""
+    order, chunks = sorted(chosen, key=lambda i: len(rows[i])), []
+    while order:
+        count = max(1, max_tokens // len(rows[order[-1]]))
+        chunks.append(order[-count:])
+        order = order[:-count]
+    return chunks
+
+
+def _most(count: int, device: torch.device) -> int:
+    """The largest of all processes' counts."""
+    most = torch.tensor(count, device=device)
+    torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
+    return int(most)
+
+
+def _read_nothing(point: HookPoint, hidden: Tensor) -> None:
+    """For passes that only the other processes need."""
 
 
 def read_in_pieces(

@@ -131,7 +131,7 @@ def read_with_trainer(
     """A truncated forward of the trainer's policy, or of the model that it started from."""
     autocast = trainer.accelerator.autocast
     if reads == "policy":
-        model = unwrap(trainer.accelerator.unwrap_model(trainer.model))
+        model = unwrap(trainer.model)
         check_fits(bank.readouts, model)
         return read_forward(model, batch, bank, read_last, autocast)
     with reference_model(trainer) as model:
@@ -144,25 +144,31 @@ def reference_model(trainer: Any) -> Iterator[nn.Module]:
     """The frozen model that training started from: TRL's own, the policy without its adapter, or a frozen copy.
 
     Raises:
-        RewardError: ``sync_ref_model`` moves the reference.
+        RewardError: ``sync_ref_model`` moves the reference, or DeepSpeed leaves no way to copy it.
     """
     if trainer.args.sync_ref_model:
         raise RewardError('reads="reference" needs a frozen reference: set sync_ref_model=False.')
     policy = trainer.accelerator.unwrap_model(trainer.model)
     if trainer.ref_model is not None:
-        yield unwrap(trainer.accelerator.unwrap_model(trainer.ref_model))
+        yield unwrap(trainer.ref_model)
     elif hasattr(policy, "peft_config"):
         from trl.trainer.utils import use_adapter
 
         with use_adapter(policy, adapter_name="ref" if "ref" in policy.peft_config else None):
-            yield policy
+            yield unwrap(trainer.model)
     else:
         yield frozen_copy(trainer, policy)
 
 
 def frozen_copy(trainer: Any, policy: Any) -> nn.Module:
-    """The starting model, loaded once from where the policy came from and kept on the trainer."""
+    """The starting model, loaded once from where the policy came from, whole, and kept on the trainer.
+
+    Raises:
+        RewardError: Under ZeRO-3, where a model that is loaded is sharded, and nobody gathers it again.
+    """
     if getattr(trainer, "mechreward_reference", None) is None:
+        if any(hasattr(parameter, "ds_id") for parameter in policy.parameters()):
+            raise RewardError('reads="reference" under DeepSpeed ZeRO-3 needs TRL\'s own reference model: set beta.')
         origin = policy.config._name_or_path
         logger.warning('beta=0 keeps no reference model: loading a frozen copy of %s for reads="reference".', origin)
         copy = type(policy).from_pretrained(origin, dtype=policy.dtype).to(trainer.accelerator.device)

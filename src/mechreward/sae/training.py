@@ -184,7 +184,7 @@ def residual_vectors(model: nn.Module, point: HookPoint, rows: Sequence[Sequence
     try:
         for chunk, ids, attention in _padded(rows, MAX_TOKENS):
             inputs = {"input_ids": ids.to(device), "attention_mask": attention.to(device), "use_cache": False}
-            truncated_forward(model, tap, keep, lambda m, inputs=inputs: m(**inputs))
+            truncated_forward(model, tap, keep, inputs)
             stream = read.pop()
             if vectors is None:
                 vectors = torch.empty(starts[-1], stream.shape[-1], dtype=stream.dtype)
