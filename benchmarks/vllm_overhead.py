@@ -95,7 +95,7 @@ def arms(model: str, width: int) -> dict[str, Callable[[], Any]]:
 
 def main() -> None:
     """Measure, and write the page."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="What reading features costs vLLM.")
     parser.add_argument("--rounds", type=int, default=7)
     rounds = parser.parse_args().rounds
     seconds: dict[str, list[float]] = {}

@@ -33,11 +33,12 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.generation import vllm_generation
 
+import mechreward as mr
 from mechreward import pocket, verifiers
 from mechreward.errors import ConfigError
 from mechreward.integrations.trl_grpo import MechRewardGRPOConfig, MechRewardGRPOTrainer
 from mechreward.integrations.vllm_trl import TRLEngine
-from mechreward.readout import HookPoint, residual
+from mechreward.readout import HookPoint, ReadoutBank, residual
 from mechreward.reward.composition import CompositeReward
 from mechreward.reward.feature_reward import FeatureReward
 from mechreward.reward.outcome import OutcomeReward
@@ -81,7 +82,7 @@ class Compared(MechRewardGRPOTrainer):
     @torch.no_grad()
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         batch = self._step_state.batch
-        ((_, readings),) = self._step_state.read.items()
+        (readings,) = [read for request, read in self._step_state.read.items() if request.readout.name == "residual"]
         worst = 0.0
         policy = self.accelerator.unwrap_model(self.model)
         training = policy.training
@@ -98,7 +99,7 @@ class Compared(MechRewardGRPOTrainer):
         return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
 
 
-def trained(folder, out, kind=Compared, steps=3, lr=1e-3, rewards=None, **options):
+def trained(folder, out, kind=Compared, steps=3, lr=1e-3, rewards=None, monitors=(), **options):
     torch.manual_seed(0)
     data = Dataset.from_list([{"prompt": item["prompt"]} for item in pocket.dataset("discovery", 32, seed=0)])
     args = MechRewardGRPOConfig(
@@ -109,7 +110,7 @@ def trained(folder, out, kind=Compared, steps=3, lr=1e-3, rewards=None, **option
     policy = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     rewards = rewards or FeatureReward(residual(POINT, WIDTH), aggregation="mean")
-    trainer = kind(policy, rewards, args, train_dataset=data, processing_class=tokenizer)
+    trainer = kind(policy, rewards, args, train_dataset=data, processing_class=tokenizer, monitors=monitors)
     closing(trainer, trainer.train)
     return trainer
 
@@ -141,8 +142,18 @@ def test_readings_are_the_updated_policy_s(backend, model, tmp_path, colocated):
 def test_attention_without_soft_capping_is_warned_of(attention, warned, model, caplog):
     policy = AutoModelForCausalLM.from_pretrained(model, attn_implementation=attention)
     accelerator = SimpleNamespace(unwrap_model=lambda wrapped: wrapped)
-    TRLEngine([POINT], None).connect(SimpleNamespace(accelerator=accelerator, model=policy, vllm_mode="colocate"), None)
+    TRLEngine([POINT], None).connect(
+        SimpleNamespace(accelerator=accelerator, model=policy, vllm_mode="colocate"), ReadoutBank([])
+    )
     assert ('attn_implementation="eager"' in caplog.text) == warned
+
+
+def test_what_no_worker_can_compute_is_read_by_the_trainer(model, tmp_path, colocated):
+    sae = mr.load_sae("pocket-res-canonical", "layer_2/width_2k/canonical")
+    health = FeatureReward(sae.health(), weights=[1.0, 0.0], aggregation="mean")
+    trainer = trained(model, tmp_path, steps=1, monitors=[health], vllm_mode="colocate")
+    assert trainer.seen_taps == [{"policy": "vllm"}] and max(trainer.errors) < 1e-4
+    assert 0 < next(step["monitor/health"] for step in trainer.state.log_history if "monitor/health" in step) < 0.1
 
 
 def test_without_new_weights_the_readings_drift(model, tmp_path, colocated, monkeypatch):

@@ -10,7 +10,7 @@ from mechreward.errors import CaptureError, ConfigError
 from mechreward.readout import ReadoutBank, direction
 from mechreward.rollout.batch import RolloutBatch
 from mechreward.rollout.vllm import choose_backend
-from mechreward.rollout.wire import Fed, match, receive_fed, receive_readouts, send_fed, send_problem, send_readouts
+from mechreward.rollout.wire import Fed, match, receive_bank, receive_fed, send_bank, send_fed, send_problem
 
 EOS = 9
 
@@ -38,27 +38,30 @@ def test_readouts_arrive_as_they_were(name):
     probe = direction("probe", torch.randn(sae.d_model), sae.hook_point, bias=0.5)
     sent = [sae.features([3, 700, 1500]), sae.features([5], name="other"), probe]
     x = torch.randn(50, sae.d_model) * 5
-    arrived = receive_readouts(send_readouts(sent))
-    assert [r.labels for r in arrived] == [r.labels for r in sent]
+    bank = ReadoutBank(sent, apart=sent[1:2])
+    arrived = receive_bank(send_bank(bank))
+    assert [r.labels for r in arrived.readouts] == [r.labels for r in sent]
+    assert [r in arrived.apart for r in arrived.readouts] == [False, True, False]
     before, after = torch.zeros(50, 5), torch.zeros(50, 5)
-    ReadoutBank(sent).encode(sae.hook_point, x, before)
-    ReadoutBank(arrived).encode(sae.hook_point, x, after)
+    bank.encode(sae.hook_point, x, before)
+    arrived.encode(sae.hook_point, x, after)
     assert torch.equal(before, after)
     assert before.abs().sum() > 0
 
 
 def test_a_shared_dictionary_crosses_once():
     sae = by_hand.ours("topk")
-    one, two = send_readouts([sae.features([1])]), send_readouts([sae.features([1]), sae.features([2], name="two")])
+    one = send_bank(ReadoutBank([sae.features([1])]))
+    two = send_bank(ReadoutBank([sae.features([1]), sae.features([2], name="two")]))
     assert len(two) < 1.1 * len(one)
-    first, second = receive_readouts(two)
+    first, second = receive_bank(two).readouts
     assert first.weight is second.weight
 
 
 def test_a_summary_does_not_cross():
     sae = by_hand.ours("jumprelu")
     with pytest.raises(CaptureError, match="'health'"):
-        send_readouts([sae.health()])
+        send_bank(ReadoutBank([sae.health()]))
 
 
 ids = st.lists(st.integers(3, 5), min_size=1, max_size=3)  # few tokens, so that many rollouts share a beginning

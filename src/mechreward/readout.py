@@ -281,7 +281,7 @@ class ReadoutBank:
 
     def __init__(self, readouts: Sequence[Readout], apart: Collection[Readout] = ()):
         self.readouts = list(dict.fromkeys(readouts))
-        self._apart = frozenset(apart)
+        self.apart = frozenset(apart)
         self.columns: dict[Readout, slice] = {}
         for readout in self.readouts:
             start = sum(r.width for r in self.columns)
@@ -303,7 +303,7 @@ class ReadoutBank:
         for r in self.readouts:
             t = r.transform
             # A whole dictionary is as wide for all who share it.
-            dictionary = r in self._apart if r.nonlinearity.sliceable else id(r.weight)
+            dictionary = r in self.apart if r.nonlinearity.sliceable else id(r.weight)
             key = (r.hook_point, t.norm, t.scale, t.center, id(t.shift), r.nonlinearity.sliceable, dictionary)
             groups.setdefault(key, []).append(r)
         return groups.values()

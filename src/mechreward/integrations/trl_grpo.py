@@ -215,15 +215,12 @@ class MechRewardGRPOTrainer(GRPOTrainer):
     def _engine_for(self, args: GRPOConfig, reward_funcs: Any) -> TRLEngine | None:
         """vLLM, where it generates what is to be read: it must know the hook points when it is started."""
         parts = [*(reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]), *self.guards, *self.monitors]
-        read = [r for r in _requests_of(parts) if r.reads == "policy" and not r.read_last]
-        if not args.use_vllm or not read:
-            return None
-        if any(request.readout.summary is not None for request in read):
-            logger.warning("A readout that summarises a whole dictionary cannot be read in vLLM: see `taps`.")
+        read = [r.readout for r in _requests_of(parts) if r.reads == "policy" and not r.read_last]
+        points = sorted({readout.hook_point for readout in read if readout.summary is None})
+        if not args.use_vllm or not points:
             return None
         from mechreward.integrations.vllm_trl import TRLEngine
 
-        points = sorted({request.readout.hook_point for request in read})
         return TRLEngine(points, getattr(args, "vllm_backend", None))
 
     @property
@@ -378,9 +375,10 @@ class MechRewardGRPOTrainer(GRPOTrainer):
         return output
 
     def _generate(self, prompts: list):
-        bank, engine_bank = self._bank("policy", "generation"), self._bank("policy", "vllm")
-        if engine_bank is not None and self._engine is not None:
-            self._engine.begin()
+        bank = self._bank("policy", "generation")
+        engine = self._engine if self._bank("policy", "vllm") is not None else None
+        if engine is not None:
+            engine.begin()
         if bank is None:
             generated = super()._generate(prompts)
         else:
@@ -393,11 +391,11 @@ class MechRewardGRPOTrainer(GRPOTrainer):
             mask = self._step_state.batch.mask()
             values = self._step_state.generation.values(*mask.shape)
             self._keep("policy", bank, values, mask.to(values.device))
-        if engine_bank is not None and self._engine is not None:
+        if engine is not None:
             began = time.perf_counter()
-            values = self._engine.readings(self._step_state.batch, len(engine_bank)).to(self.accelerator.device)
+            values = engine.readings(self._step_state.batch).to(self.accelerator.device)
             self.hook_seconds += time.perf_counter() - began
-            self._keep("policy", engine_bank, values, self._step_state.batch.mask().to(values.device))
+            self._keep("policy", engine.bank, values, self._step_state.batch.mask().to(values.device))
         return generated
 
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):

@@ -21,7 +21,7 @@ from mechreward.readout import HookPoint, ReadoutBank
 from mechreward.rollout.batch import RolloutBatch
 from mechreward.rollout.capture import text_config
 from mechreward.rollout.vllm import choose_backend, prefill, reading_options, returns_states
-from mechreward.rollout.wire import match, receive_fed, send_readouts
+from mechreward.rollout.wire import match, receive_fed, send_bank
 
 logger = logging.getLogger(__name__)
 
@@ -35,11 +35,13 @@ class TRLEngine:
 
     Attributes:
         backend: How the rollouts are read: ``"forward"`` leaves it to the trainer's own passes.
+        bank: What is read; a summary of a whole dictionary is code that no worker has, and stays with the trainer.
     """
 
     def __init__(self, points: Sequence[HookPoint], forced: str | None):
         self.points, self.forced = list(points), forced
         self.backend = "forward"
+        self.bank = ReadoutBank([])
         self._trainer: Any = None
 
     @contextmanager
@@ -61,12 +63,13 @@ class TRLEngine:
             module.LLM = plain
 
     def connect(self, trainer: Any, bank: ReadoutBank) -> None:
-        """Tell the worker what to read.
+        """Tell the worker what to read of the trainer's bank.
 
         Raises:
             ConfigError: The way that the user wants cannot be gone: the server has another worker, for one.
         """
         self._trainer = trainer
+        self.bank = ReadoutBank([r for r in bank.readouts if r.summary is None], bank.apart)
         config = text_config(trainer.accelerator.unwrap_model(trainer.model))
         if getattr(config, "attn_logit_softcapping", None) is not None and config._attn_implementation == "sdpa":
             logger.warning(
@@ -75,12 +78,12 @@ class TRLEngine:
                 'attn_implementation="eager".'
             )
         if trainer.vllm_mode == "server":
-            self._ask_server(bank)
+            self._ask_server()
         elif self.backend != "forward":
-            self._call("mechreward_attach", send_readouts(bank.readouts))
+            self._call("mechreward_attach", send_bank(self.bank))
         logger.info("vLLM's rollouts are read by: %s.", self.backend)
 
-    def _ask_server(self, bank: ReadoutBank) -> None:
+    def _ask_server(self) -> None:
         if self.forced == "forward":
             return
         if self.forced == "second_pass":
@@ -88,7 +91,7 @@ class TRLEngine:
                 "vllm_backend='second_pass' needs vllm_mode='colocate': a server reads while it generates."
             )
         try:
-            self.backend = self._call("mechreward_attach", send_readouts(bank.readouts))
+            self.backend = self._call("mechreward_attach", send_bank(self.bank))
         except ServiceError as error:
             said = (
                 f"The vLLM server reads no activations ({error}). Start it as recipes/vllm/README.md says, with "
@@ -103,15 +106,15 @@ class TRLEngine:
         if self.backend != "second_pass":
             self._call("mechreward_open")
 
-    def readings(self, batch: RolloutBatch, columns: int) -> Tensor:
+    def readings(self, batch: RolloutBatch) -> Tensor:
         """What was read of these rollouts, ``[B, T, K]`` float32 on the CPU.
 
         Raises:
             CaptureError: Not every token was.
         """
         if self.backend == "second_pass":
-            return prefill(self._trainer.vllm_generation.llm, batch, columns)
-        return match(receive_fed(self._call("mechreward_drain")), batch, columns)
+            return prefill(self._trainer.vllm_generation.llm, batch, len(self.bank))
+        return match(receive_fed(self._call("mechreward_drain")), batch, len(self.bank))
 
     def _call(self, method: str, *args: str) -> str:
         generation = self._trainer.vllm_generation

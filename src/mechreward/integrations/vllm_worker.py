@@ -20,7 +20,7 @@ from vllm.platforms import current_platform  # pyright: ignore[reportMissingImpo
 
 from mechreward.errors import CaptureError
 from mechreward.readout import HookPoint, ReadoutBank
-from mechreward.rollout.wire import Fed, receive_readouts, send_fed, send_problem
+from mechreward.rollout.wire import Fed, receive_bank, send_fed, send_problem
 
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as Worker  # pyright: ignore[reportMissingImports]
@@ -57,9 +57,9 @@ class ReadingWorker(Worker):
             self._window.problem = str(error)
         return output
 
-    def mechreward_attach(self, readouts: str) -> str:
+    def mechreward_attach(self, text: str) -> str:
         """Take what is to be read, at hook points that the engine was started with; returns how it is read."""
-        bank = ReadoutBank(receive_readouts(readouts))
+        bank = receive_bank(text)
         if unknown := set(bank.hook_points) - set(self._states.points):
             raise CaptureError(f"This engine was not started to read {', '.join(map(str, sorted(unknown)))}.")
         self._bank = bank

@@ -24,7 +24,7 @@ from mechreward.extras import require
 from mechreward.readout import HookPoint, Readings, Readout, ReadoutBank, Request
 from mechreward.rollout.batch import RolloutBatch
 from mechreward.rollout.hf import end_tokens, group_requests, load_model, read_forward
-from mechreward.rollout.wire import match, receive_fed, send_readouts
+from mechreward.rollout.wire import match, receive_fed, send_bank
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +124,7 @@ class VLLMRollout:
         self.ends = end_tokens(None, self.llm.get_tokenizer(), chosen)
         self._copy: Any = None
         if self.backend != "forward":
-            self._call("mechreward_attach", send_readouts(self.bank.readouts))
+            self._call("mechreward_attach", send_bank(self.bank))
 
     def _fits(self) -> None:
         config = self.llm.llm_engine.model_config.hf_text_config

@@ -15,12 +15,12 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from mechreward.errors import CaptureError
-from mechreward.readout import HookPoint, InputTransform, Nonlinearity, Readout
+from mechreward.readout import HookPoint, InputTransform, Nonlinearity, Readout, ReadoutBank
 from mechreward.rollout.batch import RolloutBatch
 
 
-def send_readouts(readouts: Sequence[Readout]) -> str:
-    """What :func:`receive_readouts` reads. A tensor that readouts share is sent once, and shared there too.
+def send_bank(bank: ReadoutBank) -> str:
+    """What :func:`receive_bank` reads. A tensor that readouts share is sent once, and shared there too.
 
     Raises:
         CaptureError: A readout has a summary, which is code and stays here.
@@ -37,7 +37,7 @@ def send_readouts(readouts: Sequence[Readout]) -> str:
         return names[id(tensor)]
 
     cards = []
-    for r in readouts:
+    for r in bank.readouts:
         if r.summary is not None:
             raise CaptureError(f"Readout '{r.name}' summarises a whole dictionary, which no engine's worker can do.")
         cards.append(
@@ -55,15 +55,16 @@ def send_readouts(readouts: Sequence[Readout]) -> str:
                 "scale": r.transform.scale,
                 "center": r.transform.center,
                 "keep": name(r.keep),
+                "apart": r in bank.apart,
             }
         )
     return _text({"readouts": cards}, tensors)
 
 
-def receive_readouts(text: str) -> list[Readout]:
-    """The readouts that :func:`send_readouts` was given."""
+def receive_bank(text: str) -> ReadoutBank:
+    """The bank that :func:`send_bank` was given."""
     header, tensors = _parts(text)
-    return [
+    readouts = [
         Readout(
             name=card["name"],
             labels=tuple(card["labels"]),
@@ -78,6 +79,7 @@ def receive_readouts(text: str) -> list[Readout]:
         )
         for card in header["readouts"]
     ]
+    return ReadoutBank(readouts, [r for r, card in zip(readouts, header["readouts"], strict=True) if card["apart"]])
 
 
 @dataclass(frozen=True, eq=False)
