@@ -4,15 +4,6 @@ The engine runs in this process. Gemma-2 is `pocket`, through our plug-in, with 
 its SDPA leaves out Gemma-2's soft-capping, which vLLM does not.
 """
 
-import os
-
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-
-import gc
 import logging
 from contextlib import contextmanager
 from dataclasses import replace
@@ -25,6 +16,7 @@ from mechreward import pocket
 from mechreward.errors import CaptureError, ConfigError, ModelMismatchError
 from mechreward.readout import HookPoint, Nonlinearity, Readout, Request, residual
 from mechreward.rollout.vllm import VLLMRollout
+from vllm_here import shut
 
 pytestmark = pytest.mark.engine
 
@@ -82,15 +74,6 @@ def engine(model, readouts, backend=None, **options):
         yield rollout
     finally:
         shut(rollout)
-
-
-def shut(rollout):
-    from vllm.distributed import cleanup_dist_env_and_memory
-
-    rollout.llm.llm_engine.engine_core.shutdown()
-    del rollout.llm
-    gc.collect()
-    cleanup_dist_env_and_memory()
 
 
 def dictionary(kind, layer, latents=512, k=64):

@@ -1,12 +1,5 @@
 """`mechreward serve --vllm`: the reward server with a real vLLM behind it, against Hugging Face's own hidden states."""
 
-import os
-
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-
 import json
 
 import httpx
