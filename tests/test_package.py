@@ -41,6 +41,19 @@ def test_missing_extra_is_one_sentence():
     )
 
 
+def test_an_engine_that_is_missing_is_one_sentence():
+    code = (
+        "import sys; sys.modules['verl'] = None\n"
+        "from mechreward.errors import MissingExtraError\n"
+        "try: import mechreward.integrations.verl\n"
+        "except MissingExtraError as error: print(error)\n"
+    )
+    assert run(code) == (
+        "This needs the package 'verl', which is not installed: install verl as its documentation says, and then run "
+        "pip install '.[verl]' in the mechreward checkout."
+    )
+
+
 def test_errors_survive_a_trip_to_another_process():
     """Ray pickles what its actors raise: the sentence would be lost in an error about the error."""
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)]
