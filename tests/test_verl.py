@@ -13,6 +13,7 @@ import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -20,7 +21,7 @@ import torch
 from safetensors.torch import load_file
 
 import mechreward as mr
-from mechreward.errors import ConfigError, RewardError
+from mechreward.errors import CaptureError, ConfigError, RewardError
 from mechreward.pocket.questions import questions
 from serving import Process
 
@@ -214,10 +215,7 @@ MANAGER = (
     "reward.reward_manager.name=RewardManager",
     "reward.reward_manager.module.path=pkg://mechreward.integrations.verl",
 )
-NOTHING = (
-    "reward.custom_reward_function.path=pkg://mechreward.integrations.verl",
-    "reward.custom_reward_function.name=no_reward",
-)
+NOTHING = ("reward.reward_manager.name=NoReward", *(option for option in MANAGER if ".name" not in option))
 PACK = "+mechreward.packs=[pocket/reasoning_pack]"
 DENSE = "actor_rollout_ref.rollout.agent.default_agent_loop=mechreward_dense"
 REINFORCE = "algorithm.adv_estimator=reinforce_plus_plus"
@@ -278,7 +276,11 @@ def test_rewards_per_token_are_read_from_the_live_policy(tmp_path):
 def test_gated_rewards_are_read_from_the_live_policy_beside_a_reference(tmp_path):
     """Packed sequences, GRPO, a verifier's gate, and a reference model whose pass comes after the policy's."""
     gated = ("+mechreward.verifier=gsm8k", "+mechreward.mode=gated", "actor_rollout_ref.actor.use_kl_loss=True")
-    code, output, steps = train(tmp_path, PACK, *gated, *NOTHING)
+    pieces = (  # micro-batches of their own order
+        "actor_rollout_ref.actor.use_dynamic_bsz=True",
+        "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=300",
+    )
+    code, output, steps = train(tmp_path, PACK, *gated, *pieces, *NOTHING)
     assert code == 0, output[-5000:]
     assert list(steps) == [1, 2]
 
@@ -319,6 +321,7 @@ def configured(*options):
         ([DENSE, "algorithm.adv_estimator=grpo"], "use gae or reinforce_plus_plus"),
         ([PACK, "+mechreward.dense=true", "algorithm.adv_estimator=rloo"], "adv_estimator=rloo adds up"),
         (["trainer.v1.trainer_mode=sync"], "set trainer.v1.trainer_mode=mechreward"),
+        (["trainer.use_v1=False"], "trainer.use_v1=False goes on"),
         (["trainer.v1.trainer_mode=separate_async"], "trainer_mode=separate_async goes on without the rollouts"),
         (["algorithm.filter_groups.enable=True"], "algorithm.filter_groups drops groups"),
         (["trainer.v1.sampler.custom_sampler.path=mine.py"], "custom_sampler would take the place"),
@@ -329,14 +332,15 @@ def configured(*options):
     ],
 )
 def test_what_cannot_work_is_refused_in_one_sentence(options, says):
-    from mechreward.integrations.verl import MechRewardTrainer, RewardManager
+    from mechreward.integrations.verl import MechRewardTrainer, NoReward, RewardManager
 
     config = configured(*options)
     with pytest.raises(ConfigError) as caught:
         MechRewardTrainer(config)
     assert says in str(caught.value) and str(caught.value).count(". ") <= 1
-    with pytest.raises(ConfigError, match=re.escape(says)):
-        RewardManager(config, None, None)
+    for manager in (RewardManager, NoReward):
+        with pytest.raises(ConfigError, match=re.escape(says)):
+            manager(config, None, None)
 
 
 def test_a_server_does_not_mind_where_the_log_probs_come_from():
@@ -409,7 +413,7 @@ def test_what_a_manager_says_becomes_a_rollouts_scores(answer, reward, unscored,
     from verl.experimental.agent_loop.agent_loop import AgentLoopMetrics
 
     from mechreward.integrations.verl import RewardManager
-    from mechreward.integrations.verl.remote import DenseOutput
+    from mechreward.integrations.verl.workers import DenseOutput
 
     config = configured(DENSE, REINFORCE, "+reward.reward_kwargs.url=http://127.0.0.1:1")
     manager = RewardManager(config, None, None)
@@ -434,7 +438,7 @@ def test_rewards_per_token_that_nobody_gave_and_several_turns_are_refused():
     from verl.experimental.agent_loop.agent_loop import AgentLoopMetrics
 
     from mechreward.integrations.verl import RewardManager
-    from mechreward.integrations.verl.remote import DenseOutput
+    from mechreward.integrations.verl.workers import DenseOutput
 
     output = DenseOutput(prompt_ids=[1], response_ids=[5], response_mask=[1], metrics=AgentLoopMetrics())
     output.reward_score = 1.0
@@ -470,3 +474,155 @@ def test_verl_knows_every_flag_of_the_recipes(recipe, tmp_path, server):
     config = OmegaConf.create(ended.stdout[ended.stdout.index("actor_rollout_ref:") :])
     check(config)
     assert config.actor_rollout_ref.model.path == "some/model" and config.actor_rollout_ref.rollout.n == 8
+
+
+# -- one step of the trainer, with made-up readings --------------------------------------------------------------------
+
+
+class Queue:
+    """In TransferQueue's place: columns by key."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def kv_batch_get(self, keys, partition_id, select_fields):
+        def column(values):
+            tensors = isinstance(values[0], torch.Tensor)
+            return torch.nested.as_nested_tensor(values, layout=torch.jagged) if tensors else values
+
+        there = [name for name in select_fields if name in self.rows[keys[0]]]
+        return {name: column([self.rows[key][name] for key in keys]) for name in there}
+
+    def kv_batch_put(self, keys, partition_id, fields):
+        for key, scores in zip(keys, fields["rm_scores"].unbind(), strict=True):
+            self.rows[key]["rm_scores"] = scores
+
+
+@pytest.fixture
+def step(monkeypatch):
+    """Makes a trainer that has just read the policy, on rollouts in verl's order, one of which fills the batch up."""
+    import transformers
+
+    from mechreward.integrations.verl import trainer as module
+    from mechreward.integrations.verl.engine import READINGS
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(mr.pocket.path())
+    generator = torch.Generator().manual_seed(0)
+    width = len(mr.load_pack("pocket/reasoning_pack").features)
+
+    def rollout(prompt, response):
+        return {
+            "prompts": torch.tensor(prompt),
+            "responses": torch.tensor(response),
+            "response_mask": torch.tensor([1] * len(response)),
+            "rm_scores": torch.full((len(response),), 0.125),
+            "reward_model": {"ground_truth": "19"},
+            READINGS: torch.rand(len(prompt) + len(response), width, generator=generator),
+        }
+
+    rows = {
+        "b_1_0": rollout([1, 30], [40, 41, 42, 43, EOS]),
+        "a_0_0": rollout([1, 30, 31], [50, 51, EOS, 52]),  # goes on after its end
+        "pad_0_0": rollout([EOS] * 7, [EOS]),
+        "a_1_0": rollout([1, 30, 31], [60]),  # nothing to read
+        "b_0_0": rollout([1, 30], [70, 71, 72, 73, 74]),
+    }
+
+    def made(*options):
+        config = configured(PACK, "algorithm.adv_estimator=gae", *options)
+        trainer = module.MechRewardTrainer.__new__(module.MechRewardTrainer)
+        asked = module.served(config)
+        trainer._served, trainer._reward = asked, module.build_reward(asked)
+        trainer._dense = module.dense_in_process(config)
+        trainer.config, trainer.tokenizer, trainer._ends = config, tokenizer, frozenset([EOS])
+        trainer.global_steps, trainer.total_training_steps = 1, 2
+        monkeypatch.setattr(module, "tq", Queue(rows))
+        return trainer
+
+    tags = [{"is_padding": key.startswith("pad")} for key in rows]
+    return made, SimpleNamespace(keys=list(rows), tags=tags, partition_id="train"), rows
+
+
+READ = {"b_1_0": [0, 1, 2, 3], "a_0_0": [0, 1], "a_1_0": [], "b_0_0": [0, 1, 2, 3]}
+
+
+def pack_values(rows, key):
+    """The pack's weights times what was read at the response's tokens."""
+    weights = torch.tensor([feature.weight for feature in mr.load_pack("pocket/reasoning_pack").features])
+    row = rows[key]
+    return (row["mechreward_readings"] @ weights)[len(row["prompts"]) :]
+
+
+@pytest.mark.parametrize("tool", [False, True])
+@pytest.mark.parametrize("dense", [False, True])
+def test_what_was_read_is_added_to_verls_own_scores(step, dense, tool):
+    made, batch, rows = step
+    wanted = dict(READ)
+    if tool:  # wrote 72 and 73; and with several turns an end token ends nothing
+        rows["b_0_0"]["response_mask"] = torch.tensor([1, 1, 0, 0, 1])
+        wanted |= {"b_0_0": [0, 1], "a_0_0": [0, 1, 2]}
+    trainer, metrics = made(f"+mechreward.dense={dense}"), {}
+    trainer._add_rewards(batch, trainer._reward, metrics)
+    for key, read in wanted.items():
+        values, found = pack_values(rows, key), rows[key]["rm_scores"] - 0.125
+        expected = torch.zeros(len(found))
+        if dense and read:
+            expected[read] = values[read] / len(read)
+        elif read:
+            expected[-1] = values[read].mean()
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert rows["pad_0_0"]["rm_scores"].tolist() == [0.125]
+    assert metrics["mechreward/unscored"] == 0.25 and metrics["mechreward/flagged"] == 0
+    raw = [float(pack_values(rows, key)[read].mean()) for key, read in wanted.items() if read]
+    assert metrics["mechreward/reasoning_pack/raw"] == pytest.approx(sum(raw) / 3, abs=1e-5)
+
+
+def test_guards_see_whole_groups_and_what_they_drop_gets_nothing(step):
+    from mechreward.hacking import Verdict
+
+    made, batch, rows = step
+    trainer, seen = made("+mechreward.dense=true", "actor_rollout_ref.rollout.n=2"), []
+
+    class Dropping:
+        requests = ()
+
+        def __call__(self, batch, readings):
+            seen.append((batch.num_generations, [ids[0] for ids in batch.completion_ids]))
+            dropped = torch.tensor([ids[0] == 40 for ids in batch.completion_ids])
+            return Verdict(torch.full((4,), 0.5), dropped, [["made up"] if gone else [] for gone in dropped])
+
+    trainer._reward.guards, metrics = [Dropping()], {}
+    trainer._add_rewards(batch, trainer._reward, metrics)
+    assert seen == [(2, [50, 60, 70, 40])]
+    assert rows["b_1_0"]["rm_scores"].tolist() == [0.125] * 5
+    kept = pack_values(rows, "b_0_0")[:4]
+    torch.testing.assert_close(rows["b_0_0"]["rm_scores"][:4] - 0.125, kept / 4 * (0.5 if kept.sum() > 0 else 1))
+    assert metrics["mechreward/unscored"] == 0.5 and metrics["mechreward/flagged"] == 0.25
+
+
+def test_an_engine_that_is_not_ours_is_named(step):
+    made, batch, rows = step
+    for row in rows.values():
+        del row["mechreward_readings"]
+    trainer = made()
+    with pytest.raises(CaptureError, match="VERL_USE_EXTERNAL_MODULES"):
+        trainer._add_rewards(batch, trainer._reward, {})
+
+
+@pytest.mark.parametrize("chosen", [False, True])
+def test_what_guards_have_learned_is_saved_with_checkpoints(step, tmp_path, monkeypatch, chosen):
+    from verl.trainer.ppo.v1 import PPOTrainerSync
+
+    monkeypatch.setattr(PPOTrainerSync, "_save_checkpoint", lambda self: None)
+    monkeypatch.setattr(PPOTrainerSync, "_load_checkpoint", lambda self: setattr(self, "global_steps", 1))
+    resume = ["trainer.resume_mode=resume_path", f"trainer.resume_from_path={tmp_path}/global_step_1"] if chosen else []
+    folder = f"trainer.default_local_dir={tmp_path / 'elsewhere' if chosen else tmp_path}"
+    made, _, _ = step
+    before = made(f"trainer.default_local_dir={tmp_path}", "+mechreward.guard=standard")
+    (guard,) = before._reward.guards
+    guard.thresholds["length"] = 12.5
+    before._save_checkpoint()
+    after = made(folder, *resume, "+mechreward.guard=standard")
+    assert "length" not in after._reward.guards[0].thresholds
+    after._load_checkpoint()
+    assert after._reward.guards[0].thresholds["length"] == 12.5

@@ -22,8 +22,10 @@ options=(
   +mechreward.dense=false
   algorithm.adv_estimator=grpo
 
-  # What is read is added to verl's own reward, which is 0 here: the verifier above judges the outcome already.
-  reward.custom_reward_function.path=pkg://mechreward.integrations.verl
-  reward.custom_reward_function.name=no_reward
+  # What is read is added to what verl's reward manager gives. This one gives nothing: the verifier above judges the
+  # outcome already.
+  reward.reward_manager.source=importlib
+  reward.reward_manager.name=NoReward
+  reward.reward_manager.module.path=pkg://mechreward.integrations.verl
 )
 exec python -m verl.trainer.main_ppo "${common[@]}" "${options[@]}" "$@"

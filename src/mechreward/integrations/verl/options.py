@@ -54,10 +54,11 @@ def check(config: Any) -> None:
         ConfigError: In one sentence, what to set.
     """
     mode, asked = config.trainer.v1.trainer_mode, served(config)
-    if mode != TRAINER:
+    if mode != TRAINER or not config.trainer.use_v1:
+        said = f"trainer.v1.trainer_mode={mode}" if config.trainer.use_v1 else "trainer.use_v1=False"
         raise ConfigError(
-            f"trainer.v1.trainer_mode={mode} goes on without the rollouts whose reward fails, and reads no rewards "
-            f"from the policy: set trainer.v1.trainer_mode={TRAINER}, which else is verl's 'sync'."
+            f"{said} goes on without the rollouts whose reward fails, and reads no rewards from the policy: set "
+            f"trainer.v1.trainer_mode={TRAINER} and leave trainer.use_v1 on."
         )
     if (config.algorithm.get("filter_groups") or {}).get("enable"):
         raise ConfigError(

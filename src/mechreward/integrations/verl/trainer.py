@@ -29,11 +29,6 @@ STATE_FILE = "mechreward.json"
 """In each checkpoint: what guards have learned."""
 
 
-def no_reward(*_: Any, **__: Any) -> float:
-    """For ``reward.custom_reward_function``, where all of the reward is read from the policy: verl wants one."""
-    return 0.0
-
-
 class WholeGroups(ReplayBuffer):
     """verl's sampler, which ends the run where a rollout failed: verl logs it, and trains on what is left."""
 

@@ -1,4 +1,4 @@
-"""Rewards from a reward server: by rollout, or by token."""
+"""What verl's reward workers and agent loops do for us: ask a reward server, by rollout or by token, or nothing."""
 
 from __future__ import annotations
 
@@ -75,6 +75,22 @@ class RewardManager(RewardManagerBase):
         if self.dense:
             said["token_rewards"] = tokens
         return {"reward_score": reward or 0.0, "reward_extra_info": said}
+
+
+class NoReward(RewardManagerBase):
+    """For runs in which all of the reward is read from the policy: verl wants a reward manager.
+
+    Raises:
+        ConfigError: As for :class:`RewardManager`.
+    """
+
+    def __init__(self, config: Any, tokenizer: Any, compute_score: Any, **_: Any):
+        super().__init__(config, tokenizer, compute_score)
+        check(config)
+
+    async def run_single(self, data: Any) -> dict[str, Any]:
+        """0, to which the trainer adds."""
+        return {"reward_score": 0.0, "reward_extra_info": {}}
 
 
 class DenseOutput(AgentLoopOutput):
