@@ -56,6 +56,16 @@ QUICK = [
 ]  # fmt: skip
 
 
+ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("MECHREWARD")} | {
+    "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")]),
+    "VERL_PLATFORM": "cpu",
+    "VERL_USE_EXTERNAL_MODULES": "verl_bench.platform,mechreward.integrations.verl,verl_bench.stand_ins",
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",
+}
+
+
 def train(folder, *options):
     """Two steps of ``verl.trainer.main_ppo`` in a process of its own: its exit code, its output, and what it recorded.
 
@@ -75,15 +85,7 @@ def train(folder, *options):
     pandas.DataFrame(rows).to_parquet(folder / "questions.parquet")
     files = [f"data.{split}_files={folder / 'questions.parquet'}" for split in ("train", "val")]
     estimator = [] if any("adv_estimator" in option for option in options) else ["algorithm.adv_estimator=grpo"]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("MECHREWARD")} | {
-        "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")]),
-        "VERL_PLATFORM": "cpu",
-        "VERL_USE_EXTERNAL_MODULES": "verl_bench.platform,mechreward.integrations.verl,verl_bench.stand_ins",
-        "VERL_BENCH_RECORDS": str(folder),
-        "OMP_NUM_THREADS": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "HF_HUB_OFFLINE": "1",
-    }
+    environment = ENVIRONMENT | {"VERL_BENCH_RECORDS": str(folder)}
     local = f"trainer.default_local_dir={folder / 'checkpoints'}"
     command = [sys.executable, "-m", "verl.trainer.main_ppo", *QUICK, *files, *estimator, local, *options]
     ended = subprocess.run(command, env=environment, cwd=folder, text=True, capture_output=True, timeout=600)
@@ -106,16 +108,21 @@ def policy(folder=None, version=0):
 
 
 @torch.no_grad()
-def token_values(model, prompt, response):
-    """The pack's w f(h_t) at the response tokens that are read, by hidden states and the dictionary's own formula."""
+def fired(model, ids):
+    """The pack's features at each token, ``[T, K]``, by hidden states and the dictionary's own formula; its weights."""
     pack = json.loads((Path(mr.__file__).parent / "catalogs/pocket/reasoning_pack.json").read_text())
     (file,) = (mr.pocket.files() / "saes" / "jumprelu").glob("*.safetensors")
     sae = load_file(file)
-    ids, weights = ([feature[key] for feature in pack["features"]] for key in ("id", "weight"))
-    hidden = model(input_ids=torch.tensor([prompt + response]), output_hidden_states=True).hidden_states[3][0]
-    hidden = hidden[len(prompt) : len(prompt) + real(response) - 1]  # the last sampled token is not read
-    z = (hidden - sae["b_dec"]) @ sae["W_enc"][:, ids] + sae["b_enc"][ids]
-    return (z.relu() * (z > sae["threshold"][ids])) @ torch.tensor(weights)
+    chosen, weights = ([feature[key] for feature in pack["features"]] for key in ("id", "weight"))
+    hidden = model(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states[3][0]
+    z = (hidden - sae["b_dec"]) @ sae["W_enc"][:, chosen] + sae["b_enc"][chosen]
+    return z.relu() * (z > sae["threshold"][chosen]), torch.tensor(weights)
+
+
+def token_values(model, prompt, response):
+    """The pack's w f(h_t) at the response tokens that are read: not the last that was sampled."""
+    features, weights = fired(model, prompt + response)
+    return (features @ weights)[len(prompt) : len(prompt) + real(response) - 1]
 
 
 def real(response):
@@ -302,6 +309,22 @@ def test_gated_rewards_are_read_from_the_live_policy_beside_a_reference(tmp_path
         assert close(step["rm_scores"], wanted)
         assert_grpo(step)
     assert any(judged) and not all(judged)
+
+
+# -- the engine alone --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", ["packed", "padded"])
+def test_the_engine_reads_each_token_of_the_pass_that_asks(rows, tmp_path):
+    file = tmp_path / "found.json"
+    command = [sys.executable, "-m", "verl_bench.engine", "fsdp2", rows, file]
+    ended = subprocess.run(command, env=ENVIRONMENT, cwd=tmp_path, text=True, capture_output=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    found = json.loads(file.read_text())
+    assert found["engine"] == "MechRewardEngine" and found["not"] is None
+    for ids, read in zip(found["ids"], found["asked"], strict=True):
+        torch.testing.assert_close(torch.tensor(read), fired(policy(), ids)[0], atol=1e-3, rtol=1e-3)
+    assert [len(ids) for ids in found["ids"]] == [7, 7, 5]
 
 
 # -- without a run -----------------------------------------------------------------------------------------------------
