@@ -24,6 +24,7 @@ from mechreward.integrations.verl.options import TRAINER, check, dense_in_proces
 from mechreward.readout import Readings, ReadoutBank, Request
 from mechreward.reward.base import Reward, Scores
 from mechreward.rollout.batch import Call, RolloutBatch
+from mechreward.rollout.hf import end_tokens
 
 STATE_FILE = "mechreward.json"
 """In each checkpoint: what guards have learned."""
@@ -74,10 +75,8 @@ class MechRewardTrainer(PPOTrainerSync):
 
     def _init_tokenizer(self) -> None:
         super()._init_tokenizer()
-        config = get_generation_config(self.config.actor_rollout_ref.model.path)
-        stops = getattr(config, "eos_token_id", None)
-        others = [stops] if isinstance(stops, int) or stops is None else stops
-        self._ends = frozenset(end for end in (self.tokenizer.eos_token_id, *others) if end is not None)
+        stops = getattr(get_generation_config(self.config.actor_rollout_ref.model.path), "eos_token_id", None)
+        self._ends = end_tokens(None, self.tokenizer, stops)
 
     def _compute_old_log_prob(self, batch: Any, metrics: dict) -> Any:
         if self._served is not None:
