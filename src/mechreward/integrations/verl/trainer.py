@@ -82,7 +82,7 @@ class MechRewardTrainer(PPOTrainerSync):
         if self._served is not None:
             batch.extra_info[READ] = json.dumps(asdict(self._served))
         batch = super()._compute_old_log_prob(batch, metrics)
-        batch.extra_info.pop(READ, None)
+        batch.extra_info.pop(READ, None)  # verl 0.9.1 gives back a batch without it; the reference must not be read
         return batch
 
     def _compute_advantage(self, batch: Any, metrics: dict) -> Any:
