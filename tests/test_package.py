@@ -1,11 +1,14 @@
 """The package as a user gets it."""
 
+import pickle
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+
+from mechreward import errors
 
 ROOT = Path(__file__).parent.parent
 
@@ -36,6 +39,28 @@ def test_missing_extra_is_one_sentence():
     assert run(code) == (
         "This needs the package 'trl', which is not installed: run pip install '.[trl]' in the mechreward checkout."
     )
+
+
+def test_an_engine_that_is_missing_is_one_sentence():
+    code = (
+        "import sys; sys.modules['verl'] = None\n"
+        "from mechreward.errors import MissingExtraError\n"
+        "try: import mechreward.integrations.verl\n"
+        "except MissingExtraError as error: print(error)\n"
+    )
+    assert run(code) == (
+        "This needs the package 'verl', which is not installed: install verl as its documentation says, and then run "
+        "pip install '.[verl]' in the mechreward checkout."
+    )
+
+
+def test_errors_survive_a_trip_to_another_process():
+    """Ray pickles what its actors raise: the sentence would be lost in an error about the error."""
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)]
+    for kind in kinds:
+        raised = kind("httpx", "client") if kind is errors.MissingExtraError else kind("What is wrong.")
+        again = pickle.loads(pickle.dumps(raised))
+        assert type(again) is kind and str(again) == str(raised) and len(kinds) > 10
 
 
 @pytest.mark.slow

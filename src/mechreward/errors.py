@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class MechRewardError(Exception):
@@ -47,11 +48,15 @@ class ConfigError(MechRewardError):
 class MissingExtraError(MechRewardError, ImportError):
     """An optional dependency is not installed."""
 
-    def __init__(self, package: str, extra: str):
+    def __init__(self, package: str, extra: str, first: str = ""):
         super().__init__(
-            f"This needs the package '{package}', which is not installed: run pip install '.[{extra}]' in the "
+            f"This needs the package '{package}', which is not installed: {first}run pip install '.[{extra}]' in the "
             "mechreward checkout."
         )
+        self._parts = package, extra, first
+
+    def __reduce__(self) -> Any:  # Ray pickles what is raised; an exception is made again from its text alone
+        return MissingExtraError, self._parts
 
 
 class CandidateWarning(UserWarning):

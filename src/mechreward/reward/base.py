@@ -100,7 +100,7 @@ class Reward:
             ``[B, T]`` float32 on the CPU, NaN where a token gets nothing. Here the last real token gets all.
         """
         values, lengths = self.score(batch, readings, sense).values, torch.tensor(batch.lengths)
-        last = torch.arange(max(map(len, batch.completion_ids))) == lengths[:, None] - 1
+        last = torch.arange(batch.mask().shape[1]) == lengths[:, None] - 1
         return torch.where(last, values[:, None], torch.nan)
 
     def state_dict(self) -> dict[str, Any]:
