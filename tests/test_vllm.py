@@ -256,6 +256,7 @@ def test_new_weights_are_what_is_read(backend, llama, tmp_path):
         check(moved, batch, read, [2])
 
 
+@pytest.mark.slow
 def test_a_compiled_engine_s_states_are_read(llama):
     with engine(llama, residuals(0, 2), enforce_eager=False) as rollout:
         assert rollout.backend == "aux"
@@ -263,6 +264,7 @@ def test_a_compiled_engine_s_states_are_read(llama):
         check(hugging_face(llama), batch, read, [0, 2])
 
 
+@pytest.mark.slow
 def test_hooks_in_a_compiled_engine_fail_loudly(llama, monkeypatch):
     with pytest.raises(ConfigError, match="enforce_eager=True"):
         VLLMRollout(llama, residuals(1), backend="hook", **{**ENGINE, "enforce_eager": False})
