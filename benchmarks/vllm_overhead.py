@@ -40,10 +40,10 @@ RESULTS = Path(__file__).parent / "results"
 TARGET = 0.05
 """Of plain generation, for what is read while vLLM generates."""
 
-PROMPT, COMPLETION, ROLLOUTS = 40, 64, 16
+PROMPT, COMPLETION, ROLLOUTS = 8, 16, 64
 LAYER, FEATURES, LATENTS = 6, 20, 4096
 ENGINE = {
-    "dtype": "float32", "max_model_len": 256, "max_num_seqs": 16, "enable_prefix_caching": False,
+    "dtype": "float32", "max_model_len": 256, "max_num_seqs": 64, "enable_prefix_caching": False,
     "distributed_executor_backend": "uni", "enforce_eager": True, "seed": 0,
 }  # fmt: skip
 

@@ -171,10 +171,11 @@ def test_chunked_prefill_and_prefix_caching(backend, llama):
         assert hits["vllm:prefix_cache_hits"] > 0
 
 
-def test_preempted_requests_are_read_whole(llama):
+@pytest.mark.parametrize("backend", ["aux", "hook"])
+def test_preempted_requests_are_read_whole(backend, llama):
     hf = hugging_face(llama)
     options = {"num_gpu_blocks_override": 12, "block_size": 32, "max_model_len": 128, "enable_prefix_caching": False}
-    with engine(llama, residuals(1), "aux", **options) as rollout:
+    with engine(llama, residuals(1), backend, **options) as rollout:
         batch, read = rollout.generate(PROMPTS, num_generations=3, temperature=1.0, max_tokens=60, ignore_eos=True)
         check(hf, batch, read, [1])
         preemptions = next(m.value for m in rollout.llm.get_metrics() if m.name == "vllm:num_preemptions")
@@ -194,6 +195,8 @@ def test_stop_strings_ends_and_the_longest_length(backend):
         full = [len(p) + len(c) == 96 for p, c in zip(batch.prompt_ids, batch.completion_ids, strict=True)]
         assert any(ends) and any(full)
         check(hf, batch, read, [2])
+        with pytest.raises(CaptureError, match="fills all of max_model_len=96"):
+            rollout.read(batch, [Request(next(iter(read)), read_last=True)])
 
 
 def test_a_completion_of_one_token_has_nothing_to_read(llama):
@@ -257,11 +260,13 @@ def test_new_weights_are_what_is_read(backend, llama, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_compiled_engine_s_states_are_read(llama):
-    with engine(llama, residuals(0, 2), enforce_eager=False) as rollout:
+@pytest.mark.parametrize("which", ["gemma2", "llama"])
+def test_a_compiled_engine_s_states_are_read(which, llama):
+    model = "mechreward/pocket" if which == "gemma2" else llama
+    with engine(model, residuals(0, 2), enforce_eager=False) as rollout:
         assert rollout.backend == "aux"
         batch, read = rollout.generate(PROMPTS, num_generations=2, **SAMPLING)
-        check(hugging_face(llama), batch, read, [0, 2])
+        check(hugging_face(model), batch, read, [0, 2])
 
 
 @pytest.mark.slow
@@ -287,6 +292,16 @@ def test_what_does_not_fit_is_refused(llama):
         pytest.raises(ConfigError, match="'residual 2'"),
     ):
         rollout.read(rollout.generate(PROMPTS, **SAMPLING)[0], [Request(residuals(2)[0])])
+
+
+def test_what_would_read_another_model_is_refused(llama):
+    readouts = residuals(1)
+    with engine(llama, readouts, "forward", enable_lora=True) as rollout:
+        with pytest.raises(ConfigError, match="without the LoRA"):
+            rollout.generate(PROMPTS, lora_request=object(), **SAMPLING)
+        batch, _ = rollout.generate(PROMPTS, **SAMPLING)
+        with pytest.raises(ConfigError, match="has one model, the policy"):
+            rollout.read(batch, [Request(readouts[0], reads="reference")])
 
 
 def test_the_choice_is_logged(llama, caplog):

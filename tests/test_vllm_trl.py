@@ -91,7 +91,7 @@ class Compared(MechRewardGRPOTrainer):
         return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
 
 
-def trained(folder, out, kind=Compared, steps=3, lr=1e-3, rewards=None, monitors=(), **options):
+def trained(folder, out, kind=Compared, steps=3, lr=1e-3, rewards=None, monitors=(), evaluate=False, **options):
     torch.manual_seed(0)
     data = Dataset.from_list([{"prompt": item["prompt"]} for item in pocket.dataset("discovery", 32, seed=0)])
     args = MechRewardGRPOConfig(
@@ -102,8 +102,11 @@ def trained(folder, out, kind=Compared, steps=3, lr=1e-3, rewards=None, monitors
     policy = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     rewards = rewards or FeatureReward(residual(POINT, WIDTH), aggregation="mean")
-    trainer = kind(policy, rewards, args, train_dataset=data, processing_class=tokenizer, monitors=monitors)
-    closing(trainer, trainer.train)
+    trainer = kind(
+        policy, rewards, args, train_dataset=data, eval_dataset=data.select(range(4)), processing_class=tokenizer,
+        monitors=monitors,
+    )  # fmt: skip
+    closing(trainer, lambda: (trainer.train(), evaluate and trainer.evaluate()))
     return trainer
 
 
@@ -129,7 +132,7 @@ def test_readings_are_the_updated_policy_s(backend, model, tmp_path, colocated):
 def test_attention_without_soft_capping_is_warned_of(attention, warned, model, caplog):
     policy = AutoModelForCausalLM.from_pretrained(model, attn_implementation=attention)
     accelerator = SimpleNamespace(unwrap_model=lambda wrapped: wrapped)
-    TRLEngine([POINT], None).connect(
+    TRLEngine([], None).connect(
         SimpleNamespace(accelerator=accelerator, model=policy, vllm_mode="colocate"), ReadoutBank([])
     )
     assert ('attn_implementation="eager"' in caplog.text) == warned
@@ -141,6 +144,21 @@ def test_what_no_worker_can_compute_is_read_by_the_trainer(model, tmp_path, colo
     trainer = trained(model, tmp_path, steps=1, monitors=[health], vllm_mode="colocate")
     assert trainer.seen_taps == [{"policy": "vllm"}] and max(trainer.errors) < 1e-4
     assert 0 < next(step["monitor/health"] for step in trainer.state.log_history if "monitor/health" in step) < 0.1
+
+
+def test_an_evaluation_is_read_too(model, tmp_path, colocated):
+    trainer = trained(model, tmp_path, steps=1, vllm_mode="colocate", evaluate=True)
+    assert trainer.seen_taps == [{"policy": "vllm"}] * len(trainer.errors) and len(trainer.errors) > 1
+    assert max(trainer.errors) < 1e-4
+
+
+@pytest.mark.parametrize("option", [{"vllm_enable_sleep_mode": True}, {"vllm_tensor_parallel_size": 2}])
+def test_a_second_pass_needs_an_engine_that_is_awake_and_alone(option):
+    engine = {"tensor_parallel_size": option.get("vllm_tensor_parallel_size", 1)}
+    engine["enable_sleep_mode"] = option.get("vllm_enable_sleep_mode", False)
+    reading = TRLEngine([residual(POINT, WIDTH)], "second_pass")
+    with reading.being_built(), pytest.raises(ConfigError, match="is awake"):
+        vllm_generation.LLM(model=str(pocket.resolve("mechreward/pocket")), **engine)
 
 
 def test_without_new_weights_the_readings_drift(model, tmp_path, colocated, monkeypatch):

@@ -1,15 +1,20 @@
 """Readouts and readings on their way to an engine's worker and back, and the choice of a way to read."""
 
+import sys
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 import by_hand
+from mechreward.cli import app
 from mechreward.errors import CaptureError, ConfigError
 from mechreward.readout import ReadoutBank, direction
 from mechreward.rollout.batch import RolloutBatch
-from mechreward.rollout.vllm import choose_backend
+from mechreward.rollout.vllm import Anatomy, choose_backend
 from mechreward.rollout.wire import Fed, match, receive_bank, receive_fed, send_bank, send_fed, send_problem
 
 EOS = 9
@@ -25,11 +30,9 @@ def told(prompt, token, position):
     return 1000.0 * sum(prompt) + 10.0 * position + token
 
 
-def fed(prompt, tokens, read=None):
+def fed(prompt, tokens):
     values = torch.tensor([[told(prompt, token, t)] for t, token in enumerate(tokens)]).view(-1, 1)
-    return Fed(
-        tuple(prompt), tuple(tokens), values, torch.tensor([True] * len(tokens) if read is None else read).bool()
-    )
+    return Fed(tuple(prompt), tuple(tokens), values)
 
 
 @pytest.mark.parametrize("name", ["jumprelu", "topk"])
@@ -90,23 +93,18 @@ def test_each_rollout_finds_its_own_tokens(rollouts, random):
 
 
 @pytest.mark.parametrize(
-    "requests, message",
+    "requests",
     [
-        ([], "no request with the tokens"),
-        ([fed([4], [5, 6])], "no request with the tokens"),  # another prompt
-        ([fed([3], [5, 7])], "no request with the tokens"),  # another token
-        ([fed([3], [5])], "no request with the tokens"),  # too short
-        ([fed([3], [5, 6], [True, False])], "not read every token"),
+        [],
+        [fed([4], [5, 6])],  # another prompt
+        [fed([3], [5, 7])],  # another token
+        [fed([3], [5])],  # too short
+        [fed([3], [5, -1])],  # a position that no pass ran
     ],
 )
-def test_what_was_not_read_is_an_error(requests, message):
-    with pytest.raises(CaptureError, match=message):
+def test_what_was_not_read_is_an_error(requests):
+    with pytest.raises(CaptureError, match=r"not read all tokens of rollout 0 \(1 \+ 3 tokens\)"):
         match(requests, batch_of([[3]], [[5, 6, EOS]]), 1)
-
-
-def test_a_whole_request_is_preferred_to_a_broken_one():
-    broken, whole = fed([3], [5, 6], [True, False]), fed([3], [5, 6])
-    assert match([broken, whole], batch_of([[3]], [[5, 6, EOS]]), 1)[0, 1, 0] == told([3], 6, 1)
 
 
 def test_a_worker_s_problem_is_raised_here():
@@ -119,40 +117,64 @@ EAGER, DRAFTS, SPLIT = (
     {"speculative_config": {"method": "ngram"}},
     {"pipeline_parallel_size": 2},
 )
+COPIES = {"data_parallel_size": 2}
+LLAMA = Anatomy(returns_states=True, adds=True, layers=4, width=8, longest=64)
+GEMMA3 = replace(LLAMA, returns_states=False)
+COMMANDR = replace(GEMMA3, adds=False)
 
 
 @pytest.mark.parametrize(
-    "engine, returns_states, chosen",
+    "engine, model, chosen",
     [
-        ({}, True, "aux"),
-        (EAGER, True, "aux"),
-        (EAGER, False, "hook"),
-        ({}, False, "forward"),
-        (EAGER | DRAFTS, True, "second_pass"),
-        (DRAFTS, True, "forward"),
-        (EAGER | SPLIT, True, "forward"),
+        ({}, LLAMA, "aux"),
+        (EAGER, LLAMA, "aux"),
+        (EAGER, GEMMA3, "hook"),
+        ({}, GEMMA3, "forward"),
+        (EAGER, COMMANDR, "forward"),
+        (EAGER | DRAFTS, LLAMA, "second_pass"),
+        (DRAFTS, LLAMA, "forward"),
+        (EAGER | SPLIT, LLAMA, "forward"),
+        (EAGER | COPIES, LLAMA, "forward"),
     ],
 )
-def test_the_first_way_that_works_is_chosen(engine, returns_states, chosen):
-    assert choose_backend(engine, returns_states) == chosen
+def test_the_first_way_that_works_is_chosen(engine, model, chosen):
+    assert choose_backend(engine, model) == chosen
 
 
 @pytest.mark.parametrize(
-    "engine, returns_states, forced, message",
+    "engine, model, forced, message",
     [
-        ({}, True, "hook", "enforce_eager=True"),
-        (EAGER, False, "aux", "cannot return its hidden states"),
-        ({}, False, "second_pass", "enforce_eager=True"),
-        (EAGER | DRAFTS, True, "hook", "backend='second_pass'"),
-        (EAGER | SPLIT, True, "aux", "several processes"),
-        ({}, True, "hooks", "Did you mean 'hook'"),
+        ({}, LLAMA, "hook", "enforce_eager=True"),
+        (EAGER, GEMMA3, "aux", "cannot return its hidden states"),
+        (EAGER, COMMANDR, "hook", "right for gemma, gemma2"),
+        ({}, GEMMA3, "second_pass", "enforce_eager=True"),
+        (EAGER | DRAFTS, LLAMA, "hook", "backend='second_pass'"),
+        (EAGER | SPLIT, LLAMA, "aux", "several processes"),
+        ({}, LLAMA, "hooks", "Did you mean 'hook'"),
     ],
 )
-def test_a_way_that_cannot_work_is_refused(engine, returns_states, forced, message):
+def test_a_way_that_cannot_work_is_refused(engine, model, forced, message):
     with pytest.raises(ConfigError, match=message):
-        choose_backend(engine, returns_states, forced)
+        choose_backend(engine, model, forced)
 
 
 @pytest.mark.parametrize("forced", ["aux", "hook", "second_pass", "forward"])
 def test_a_way_can_be_forced(forced):
-    assert choose_backend(EAGER, True, forced) == forced
+    assert choose_backend(EAGER, LLAMA, forced) == forced
+
+
+@pytest.mark.parametrize(
+    "given, says",
+    [
+        ("{", "not JSON"),
+        ("[]", "needs a JSON object"),
+        ('{"dtype": "bfloat16"}', "cannot set 'dtype'"),
+        ('{"tensor_parallel_size": 2}', "one process"),
+        ("{}", "'vllm', which is not installed"),
+    ],
+)
+def test_what_a_server_cannot_do_with_vllm_is_one_sentence(given, says, monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    arguments = ["serve", "--model", "mechreward/pocket", "--pack", "pocket/reasoning_pack", "--vllm", given]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code != 0 and says in " ".join(done.output.split())

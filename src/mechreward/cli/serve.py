@@ -108,6 +108,11 @@ def _engine(given: str) -> dict[str, Any]:
         raise ConfigError(f"--vllm is not JSON ({error}): write e.g. '{{\"enforce_eager\": true}}'.") from error
     if not isinstance(engine, dict):
         raise ConfigError(f"--vllm needs a JSON object of engine arguments, not {given}: write e.g. '{{}}'.")
+    for taken in ("model", "dtype", "backend", "readouts"):
+        if taken in engine:
+            raise ConfigError(f"--vllm cannot set '{taken}': --model and --dtype do, and the rest is the server's.")
+    if engine.get("tensor_parallel_size", 1) > 1:
+        raise ConfigError("The server's vLLM runs in one process: leave tensor_parallel_size out of --vllm.")
     require("vllm", "vllm")
     return engine
 

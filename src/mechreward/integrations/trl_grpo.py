@@ -199,11 +199,12 @@ class MechRewardGRPOTrainer(GRPOTrainer):
         self._step_state = _Step()
         self._scoring = False
         came_with_adapter = hasattr(model, "peft_config")
-        self._engine = self._engine_for(args, reward_funcs)
+        rewards = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+        attach(self.guards, rewards)
+        self._engine = self._engine_for(args, rewards)
         with nullcontext() if self._engine is None else self._engine.being_built():
             super().__init__(model, reward_funcs, args, *positional, **kwargs)
         self.rollout_source = _TappedSource(self)
-        attach(self.guards, self.reward_funcs)
         self._banks = group_requests(self._requests(), self._watched_alone())
         self._check(came_with_adapter)
         self.add_callback(_BetweenSteps(self))
@@ -212,16 +213,15 @@ class MechRewardGRPOTrainer(GRPOTrainer):
         if self._engine is not None:
             self._engine.connect(self, self._banks["policy", False])
 
-    def _engine_for(self, args: GRPOConfig, reward_funcs: Any) -> TRLEngine | None:
+    def _engine_for(self, args: GRPOConfig, rewards: list) -> TRLEngine | None:
         """vLLM, where it generates what is to be read: it must know the hook points when it is started."""
-        parts = [*(reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]), *self.guards, *self.monitors]
-        read = [r.readout for r in _requests_of(parts) if r.reads == "policy" and not r.read_last]
-        points = sorted({readout.hook_point for readout in read if readout.summary is None})
-        if not args.use_vllm or not points:
+        requests = _requests_of([*rewards, *self.guards, *self.monitors])
+        read = [r.readout for r in requests if r.reads == "policy" and not r.read_last]
+        if not args.use_vllm or all(readout.summary is not None for readout in read):
             return None
         from mechreward.integrations.vllm_trl import TRLEngine
 
-        return TRLEngine(points, getattr(args, "vllm_backend", None))
+        return TRLEngine(read, getattr(args, "vllm_backend", None))
 
     @property
     def _policy(self) -> torch.nn.Module:

@@ -21,7 +21,7 @@ def register() -> None:
 
     if issubclass(gemma2.Gemma2Model, EagleModelMixin):
         return
-    original = gemma2.Gemma2Model.forward
+    alone = gemma2.Gemma2Model.forward
 
     def forward(
         self,
@@ -31,7 +31,7 @@ def register() -> None:
         inputs_embeds: torch.Tensor | None = None,
     ):
         if not self.aux_hidden_state_layers:
-            return original(self, input_ids, positions, intermediate_tensors, inputs_embeds)
+            return self.forward_alone(input_ids, positions, intermediate_tensors, inputs_embeds)
         hidden = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
         residual, states = None, []
         self._maybe_add_hidden_state(states, 0, hidden, residual)
@@ -42,7 +42,8 @@ def register() -> None:
         return hidden, states
 
     # vLLM's compiler looks at the annotations to find the sizes that change from step to step.
-    forward.__annotations__ = dict(original.__annotations__)
+    forward.__annotations__ = dict(alone.__annotations__)
+    gemma2.Gemma2Model.forward_alone = alone
     gemma2.Gemma2Model.forward = forward
     gemma2.Gemma2Model.__bases__ += (EagleModelMixin,)
     gemma2.Gemma2ForCausalLM.__bases__ += (SupportsEagle3,)

@@ -17,31 +17,34 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from mechreward.errors import ConfigError, ServiceError
-from mechreward.readout import HookPoint, ReadoutBank
+from mechreward.readout import Readout, ReadoutBank
 from mechreward.rollout.batch import RolloutBatch
 from mechreward.rollout.capture import text_config
-from mechreward.rollout.vllm import choose_backend, prefill, reading_options, returns_states
+from mechreward.rollout.vllm import anatomy, check_anatomy, choose_backend, prefill, reading_options
 from mechreward.rollout.wire import match, receive_fed, send_bank
 
 logger = logging.getLogger(__name__)
+
+PATIENCE = 600
+"""Seconds for one remote call of vLLM's server."""
 
 
 class TRLEngine:
     """The engine of one trainer, in its process (``vllm_mode="colocate"``) or behind HTTP (``"server"``).
 
     Args:
-        points: Hook points to be read.
+        readouts: What is to be read, of which a summary of a whole dictionary is code that no worker has, and stays
+            with the trainer.
         forced: How, or None for the first way that works; see `mechreward.rollout.vllm`.
 
     Attributes:
         backend: How the rollouts are read: ``"forward"`` leaves it to the trainer's own passes.
-        bank: What is read; a summary of a whole dictionary is code that no worker has, and stays with the trainer.
+        bank: What is read.
     """
 
-    def __init__(self, points: Sequence[HookPoint], forced: str | None):
-        self.points, self.forced = list(points), forced
+    def __init__(self, readouts: Sequence[Readout], forced: str | None):
+        self.bank, self.forced = ReadoutBank([r for r in readouts if r.summary is None]), forced
         self.backend = "forward"
-        self.bank = ReadoutBank([])
         self._trainer: Any = None
 
     @contextmanager
@@ -51,9 +54,16 @@ class TRLEngine:
         plain = module.LLM
 
         def reading(model: str, **engine: Any) -> Any:
-            self.backend = choose_backend(engine, returns_states(model, engine), self.forced)
+            found = anatomy(model, engine)
+            check_anatomy(self.bank.readouts, found)
+            self.backend = choose_backend(engine, found, self.forced)
+            if self.backend == "second_pass" and (engine["tensor_parallel_size"] > 1 or engine["enable_sleep_mode"]):
+                raise ConfigError(
+                    "vllm_backend='second_pass' needs an engine of its own that is awake: leave "
+                    "vllm_tensor_parallel_size and vllm_enable_sleep_mode alone, or choose another."
+                )
             if self.backend != "forward":
-                engine |= reading_options(model, engine, self.points, self.backend)
+                engine |= reading_options(engine, found, self.bank.hook_points, self.backend)
             return plain(model=model, **engine)
 
         module.LLM = reading
@@ -95,7 +105,7 @@ class TRLEngine:
         except ServiceError as error:
             said = (
                 f"The vLLM server reads no activations ({error}). Start it as recipes/vllm/README.md says, with "
-                f"{', '.join(map(str, self.points))}"
+                f"{', '.join(map(str, self.bank.hook_points))}"
             )
             if self.forced is not None:
                 raise ConfigError(f"{said}.") from error
@@ -133,7 +143,7 @@ class TRLEngine:
 def _ask(url: str, method: str, args: Sequence[str]) -> str | ServiceError:
     """A remote call of vLLM's server; never twice, since what was read is handed over once."""
     try:
-        reply = requests.post(f"{url}/collective_rpc", json={"method": method, "args": list(args)})
+        reply = requests.post(f"{url}/collective_rpc", json={"method": method, "args": list(args)}, timeout=PATIENCE)
         if reply.status_code != 200:
             return ServiceError(f"{url} answers {method} with status {reply.status_code}")
         return reply.json()["results"][0]

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from vllm.platforms import current_platform  # pyright: ignore[reportMissingImports]
@@ -117,7 +118,7 @@ class _HookedStates:
     def __init__(self, runner: Any, points: list[HookPoint]):
         self.points = points
         self._states: dict[HookPoint, Tensor] | None = None
-        layers = _decoder_layers(runner.get_model())
+        layers = _decoder_layers(runner.get_model(), runner.model_config.hf_text_config.num_hidden_layers)
         for point in points:
             # The input of a layer is the output of the one before; only the first has none before it.
             if (number := _number(point)) == 0:
@@ -154,23 +155,18 @@ def _number(point: HookPoint) -> int:
     return point.layer + (point.site == "resid_post")
 
 
-def _decoder_layers(model: nn.Module) -> nn.ModuleList:
-    found = [
-        module
-        for name, module in model.named_modules()
-        if name.endswith("layers") and isinstance(module, nn.ModuleList)
-    ]
+def _decoder_layers(model: nn.Module, count: int) -> nn.ModuleList:
+    found = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == count]
     if len(found) != 1:
-        raise CaptureError(f"{type(model).__name__} holds {len(found)} lists of layers where one was expected.")
+        raise CaptureError(f"{type(model).__name__} holds {len(found)} lists of {count} layers where one was expected.")
     return found[0]
 
 
 @dataclass
-class _Run:
-    """A stretch of one request's tokens in one step."""
+class _Step:
+    """What was read of one step: for each stretch, whose it is, its first position behind the prompt, its length."""
 
-    request: str
-    start: int  # position, from the prompt's end on
+    stretches: list[tuple[str, int, int]]
     tokens: Tensor  # [n]
     values: Tensor  # [n, K]
 
@@ -181,7 +177,7 @@ class _Window:
     def __init__(self, bank: ReadoutBank, prompts: bool):
         self._bank, self._with_prompts = bank, prompts
         self._prompts: dict[str, list[int]] = {}
-        self._runs: list[_Run] = []
+        self._steps: list[_Step] = []
         self.problem: str | None = None
 
     def take(self, step: Any, order: list[str], fed: Tensor, states: dict[HookPoint, Tensor]) -> None:
@@ -190,38 +186,40 @@ class _Window:
             self._prompts[new.req_id] = [] if self._with_prompts else list(new.prompt_token_ids or [])
         done = {new.req_id: new.num_computed_tokens for new in step.scheduled_new_reqs}
         done |= zip(step.scheduled_cached_reqs.req_ids, step.scheduled_cached_reqs.num_computed_tokens, strict=True)
-        rows, stretches, row = [], [], 0
+        rows: list[int] = []
+        stretches: list[tuple[str, int, int]] = []
+        row = 0
         for request in order:
             count = step.num_scheduled_tokens.get(request, 0)
-            prompt = self._prompts.get(request)
-            if count and prompt is not None:  # a request that came before the window is not ours
-                skipped = min(max(len(prompt) - done[request], 0), count)
+            if count and request in self._prompts:  # one that came before the window is not ours
+                start = done[request] - len(self._prompts[request])
+                skipped = max(-start, 0)  # of the prompt
                 if skipped < count:
-                    rows.append(torch.arange(row + skipped, row + count))
-                    stretches.append((request, done[request] + skipped - len(prompt), count - skipped))
+                    rows += range(row + skipped, row + count)
+                    stretches.append((request, start + skipped, count - skipped))
             row += count
-        if not rows:
-            return
-        chosen = torch.cat(rows).to(fed.device, non_blocking=True)
-        values = torch.zeros(len(chosen), len(self._bank), device=fed.device)
-        for point in self._bank.hook_points:
-            self._bank.encode(point, states[point], values, chosen)
-        tokens, at = fed[chosen], 0
-        for request, start, count in stretches:
-            self._runs.append(_Run(request, start, tokens[at : at + count], values[at : at + count]))
-            at += count
+        if rows:
+            chosen = torch.tensor(rows).to(fed.device, non_blocking=True)
+            values = torch.zeros(len(rows), len(self._bank), device=fed.device)
+            for point in self._bank.hook_points:
+                self._bank.encode(point, states[point], values, chosen)
+            self._steps.append(_Step(stretches, fed[chosen], values))
 
     def requests(self) -> Iterator[Fed]:
         """Each request's tokens and readings; a position that was fed twice (preemption) counts the last time."""
-        of_request: dict[str, list[_Run]] = {}
-        for run in self._runs:
-            of_request.setdefault(run.request, []).append(run)
-        for request, runs in of_request.items():
-            length = max(run.start + len(run.tokens) for run in runs)
-            tokens = torch.full((length,), -1, dtype=torch.int32)
-            values = torch.zeros(length, len(self._bank))
-            read = torch.zeros(length, dtype=torch.bool)
-            for run in runs:
-                own = slice(run.start, run.start + len(run.tokens))
-                tokens[own], values[own], read[own] = run.tokens.cpu().int(), run.values.cpu(), True
-            yield Fed(tuple(self._prompts[request]), tuple(tokens.tolist()), values, read)
+        if not self._steps:
+            return
+        stretches = [stretch for step in self._steps for stretch in step.stretches]
+        lengths: dict[str, int] = {}
+        for request, start, count in stretches:
+            lengths[request] = max(lengths.get(request, 0), start + count)
+        first = dict(zip(lengths, np.cumsum([0, *lengths.values()]), strict=False))
+        where = np.concatenate([np.arange(count) + first[request] + start for request, start, count in stretches])
+        tokens = np.full(sum(lengths.values()), -1, dtype=np.int32)
+        values = np.zeros((len(tokens), len(self._bank)), dtype=np.float32)
+        # NumPy keeps the last of several values for one place.
+        tokens[where] = torch.cat([step.tokens for step in self._steps]).cpu().numpy()
+        values[where] = torch.cat([step.values for step in self._steps]).cpu().numpy()
+        for request, length in lengths.items():
+            own = slice(first[request], first[request] + length)
+            yield Fed(tuple(self._prompts[request]), tuple(tokens[own].tolist()), torch.from_numpy(values[own]))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mechreward import pocket
-from mechreward.errors import ConfigError, ModelMismatchError, nearest
+from mechreward.errors import CaptureError, ConfigError, ModelMismatchError, nearest
 from mechreward.extras import require
 from mechreward.readout import HookPoint, Readings, Readout, ReadoutBank, Request
 from mechreward.rollout.batch import RolloutBatch
@@ -32,19 +33,86 @@ BACKENDS = ("aux", "hook", "second_pass", "forward")
 
 WORKER = "mechreward.integrations.vllm_worker.ReadingWorker"
 
+ADDING = ("gemma", "gemma2", "gemma3", "llama", "qwen2", "qwen3")
+"""vLLM's modules whose decoder layers hand on two tensors that add up to the residual stream, which hooks rely on. In
+others (commandr, exaone4, phimoe, ...) the first alone is the stream."""
 
-def choose_backend(engine: Mapping[str, Any], returns_states: bool, forced: str | None = None) -> str:
+
+@dataclass(frozen=True)
+class Anatomy:
+    """What vLLM makes of a model.
+
+    Attributes:
+        returns_states: Its class can return its hidden states.
+        adds: Its decoder layers are of those that hooks can read; see :data:`ADDING`.
+        layers: How many decoder layers it has.
+        width: Of the residual stream.
+        longest: Tokens, prompt and completion together.
+    """
+
+    returns_states: bool
+    adds: bool
+    layers: int
+    width: int
+    longest: int
+
+
+def anatomy(model: str, engine: Mapping[str, Any]) -> Anatomy:
+    """What vLLM would make of a model, without loading it.
+
+    Raises:
+        ConfigError: vLLM does not take the model.
+    """
+    require("vllm", "vllm")
+    from vllm.engine.arg_utils import EngineArgs  # pyright: ignore[reportMissingImports]
+    from vllm.model_executor.models import ModelRegistry  # pyright: ignore[reportMissingImports]
+    from vllm.model_executor.models.interfaces import supports_eagle3  # pyright: ignore[reportMissingImports]
+    from vllm.plugins import load_general_plugins  # pyright: ignore[reportMissingImports]
+
+    load_general_plugins()
+    known = ("model_impl", "trust_remote_code", "max_model_len", "revision", "hf_overrides")
+    try:
+        config = EngineArgs(model=model, **{key: engine[key] for key in known if key in engine}).create_model_config()
+        kind = ModelRegistry.resolve_model_cls(config.architectures, config)[0]
+    except (ValueError, OSError) as error:
+        said = " ".join(str(error).split())
+        raise ConfigError(f"vLLM does not take the model {model} ({type(error).__name__}: {said[:200]}).") from error
+    text = config.hf_text_config
+    return Anatomy(
+        returns_states=supports_eagle3(kind),
+        adds=kind.__module__.split(".")[-1] in ADDING,
+        layers=text.num_hidden_layers,
+        width=text.hidden_size,
+        longest=config.max_model_len,
+    )
+
+
+def check_anatomy(readouts: Sequence[Readout], found: Anatomy) -> None:
+    """Refuse readouts of another model, before an engine is built.
+
+    Raises:
+        ModelMismatchError: Layer or width disagree.
+    """
+    for readout in readouts:
+        if readout.d_model != found.width or readout.hook_point.layer >= found.layers:
+            raise ModelMismatchError(
+                f"'{readout.name}' reads {readout.hook_point} of width {readout.d_model}, but the model has "
+                f"{found.layers} layers of width {found.width}: use an SAE or probe of it."
+            )
+
+
+def choose_backend(engine: Mapping[str, Any], found: Anatomy, forced: str | None = None) -> str:
     """How an engine can be read.
 
     Args:
         engine: vLLM's engine arguments.
-        returns_states: Whether vLLM's class of the model can return its hidden states.
+        found: What vLLM makes of its model.
         forced: The way that the user wants.
 
     Raises:
         ConfigError: That way cannot work here.
     """
-    obstacles = _obstacles(engine, returns_states)
+    obstacles = _obstacles(engine, found)
     if forced is None:
         return next(way for way in BACKENDS if obstacles[way] is None)
     if forced not in BACKENDS:
@@ -54,40 +122,28 @@ def choose_backend(engine: Mapping[str, Any], returns_states: bool, forced: str 
     return forced
 
 
-def _obstacles(engine: Mapping[str, Any], returns_states: bool) -> dict[str, str | None]:
+def _obstacles(engine: Mapping[str, Any], found: Anatomy) -> dict[str, str | None]:
     """For each way, why it cannot be gone."""
     drafts = engine.get("speculative_config") is not None
-    no_aux = None if returns_states else "vLLM's class of this model cannot return its hidden states"
-    no_hook = None if engine.get("enforce_eager") else "a compiled model never runs hooks; set enforce_eager=True"
+    no_aux = None if found.returns_states else "vLLM's class of this model cannot return its hidden states"
+    no_hook = None if found.adds else f"hooks are known to be right for {', '.join(ADDING)} alone"
+    if not engine.get("enforce_eager"):
+        no_hook = "a compiled model never runs hooks; set enforce_eager=True"
     if drafts:
         no_aux = "the drafter has the hidden states for itself"
-    if engine.get("pipeline_parallel_size", 1) > 1:
-        no_aux = no_hook = "the layers lie in several processes; use backend='forward'"
+    if engine.get("pipeline_parallel_size", 1) > 1 or engine.get("data_parallel_size", 1) > 1:
+        no_aux = no_hook = "its readings would lie in several processes; use backend='forward'"
     rejected = "drafts that it rejects are fed to the model too; use backend='second_pass'" if drafts else None
     return {"aux": no_aux or rejected, "hook": no_hook or rejected, "second_pass": no_aux and no_hook, "forward": None}
 
 
-def reading_options(model: str, engine: Mapping[str, Any], points: Sequence[HookPoint], backend: str) -> dict:
+def reading_options(engine: Mapping[str, Any], found: Anatomy, points: Sequence[HookPoint], backend: str) -> dict:
     """The engine arguments that make vLLM's worker read these hook points."""
     capture = backend
     if backend == "second_pass":
-        capture = "aux" if _obstacles(engine, returns_states(model, engine))["aux"] is None else "hook"
+        capture = "aux" if _obstacles(engine, found)["aux"] is None else "hook"
     ours = {"backend": capture, "points": [str(point) for point in points]}
     return {"worker_cls": WORKER, "additional_config": {**(engine.get("additional_config") or {}), "mechreward": ours}}
-
-
-def returns_states(model: str, engine: Mapping[str, Any]) -> bool:
-    """Whether vLLM's class of this model can return its hidden states."""
-    require("vllm", "vllm")
-    from vllm.engine.arg_utils import EngineArgs  # pyright: ignore[reportMissingImports]
-    from vllm.model_executor.models import ModelRegistry  # pyright: ignore[reportMissingImports]
-    from vllm.model_executor.models.interfaces import supports_eagle3  # pyright: ignore[reportMissingImports]
-    from vllm.plugins import load_general_plugins  # pyright: ignore[reportMissingImports]
-
-    load_general_plugins()
-    known = {key: engine[key] for key in ("model_impl", "trust_remote_code", "max_model_len") if key in engine}
-    config = EngineArgs(model=model, **known).create_model_config()
-    return supports_eagle3(ModelRegistry.resolve_model_cls(config.architectures, config)[0])
 
 
 class VLLMRollout:
@@ -102,6 +158,7 @@ class VLLMRollout:
     Attributes:
         llm: The `vllm.LLM`.
         backend: How readings are taken while generating.
+        anatomy: What vLLM makes of the model.
         ends: Tokens that end a completion.
 
     Raises:
@@ -112,28 +169,19 @@ class VLLMRollout:
 
     def __init__(self, model: str, readouts: Sequence[Readout], backend: str | None = None, **engine: Any):
         vllm = require("vllm", "vllm")
-        self.model, self._engine = str(pocket.resolve(model)), engine
-        self.bank = ReadoutBank(readouts)
-        self.backend = choose_backend(engine, returns_states(self.model, engine), backend)
+        self.model, self.bank = str(pocket.resolve(model)), ReadoutBank(readouts)
+        self.anatomy = anatomy(self.model, engine)
+        check_anatomy(readouts, self.anatomy)
+        self.backend = choose_backend(engine, self.anatomy, backend)
         logger.info("Readings of %s come from: vLLM, %s.", model, self.backend)
         if self.backend != "forward":
-            engine = {**engine, **reading_options(self.model, engine, self.bank.hook_points, self.backend)}
+            engine = {**engine, **reading_options(engine, self.anatomy, self.bank.hook_points, self.backend)}
         self.llm = vllm.LLM(model=self.model, **engine)
-        self._fits()
         chosen = self.llm.llm_engine.model_config.try_get_generation_config().get("eos_token_id")
         self.ends = end_tokens(None, self.llm.get_tokenizer(), chosen)
         self._copy: Any = None
         if self.backend != "forward":
             self._call("mechreward_attach", send_bank(self.bank))
-
-    def _fits(self) -> None:
-        config = self.llm.llm_engine.model_config.hf_text_config
-        for readout in self.bank.readouts:
-            if readout.d_model != config.hidden_size or readout.hook_point.layer >= config.num_hidden_layers:
-                raise ModelMismatchError(
-                    f"'{readout.name}' reads {readout.hook_point} of width {readout.d_model}, but the model has "
-                    f"{config.num_hidden_layers} layers of width {config.hidden_size}: use an SAE or probe of it."
-                )
 
     def _call(self, method: str, *args: str) -> str:
         return self.llm.collective_rpc(method, args=args)[0]
@@ -153,16 +201,17 @@ class VLLMRollout:
 
         Raises:
             CaptureError: Not every sampled token was read.
+            ConfigError: A LoRA with ``backend="forward"``.
         """
         vllm = require("vllm", "vllm")
         lora = sampling.pop("lora_request", None)
+        self._refuse_lora(lora)
         asked = [{"prompt": p} if isinstance(p, str) else {"prompt_token_ids": list(p)} for p in prompts]
         during = self.backend in ("aux", "hook")
+        chosen = vllm.SamplingParams(n=num_generations, **sampling)
         if during:
             self._call("mechreward_open")
-        outputs = self.llm.generate(
-            asked, vllm.SamplingParams(n=num_generations, **sampling), use_tqdm=False, lora_request=lora
-        )
+        outputs = self.llm.generate(asked, chosen, use_tqdm=False, lora_request=lora)
         tokenizer = self.llm.get_tokenizer()
         each = [(output, completion) for output in outputs for completion in output.outputs]
         batch = RolloutBatch(
@@ -185,9 +234,13 @@ class VLLMRollout:
         """Read rollouts that are there already: one prefill each, or a forward of a copy (``backend="forward"``).
 
         Raises:
-            ConfigError: A request for readouts that this engine was not started with.
+            ConfigError: A request for readouts that this engine was not started with, or for a reference, which it
+                does not have; a LoRA with ``backend="forward"``.
             CaptureError: Not every token could be read.
         """
+        self._refuse_lora(lora_request)
+        if any(request.reads == "reference" for request in requests):
+            raise ConfigError('This engine has one model, the policy: a reward with reads="reference" needs another.')
         found: dict[Request, Readings] = {}
         for (reads, read_last), bank in group_requests(requests).items():
             if unknown := [r.name for r in bank.readouts if r not in self.bank.columns]:
@@ -199,6 +252,10 @@ class VLLMRollout:
                 by_readout = self.bank.split(values, mask)
             found |= {Request(r, reads, read_last): by_readout[r] for r in bank.readouts}  # pyright: ignore
         return found
+
+    def _refuse_lora(self, lora_request: Any) -> None:
+        if lora_request is not None and self.backend == "forward":
+            raise ConfigError("backend='forward' reads a copy without the LoRA: choose another, or merge the adapter.")
 
     def _hf_copy(self) -> Any:
         if self._copy is None:
@@ -229,8 +286,14 @@ def prefill(llm: Any, batch: RolloutBatch, columns: int, read_last: bool = False
     rows = [row for row, end in enumerate(ends) if end]
     fed = [list(batch.prompt_ids[row]) + list(batch.completion_ids[row])[: ends[row]] for row in rows]
     once = require("vllm", "vllm").SamplingParams(max_tokens=1, skip_reading_prefix_cache=True, detokenize=False)
-    llm.collective_rpc("mechreward_open", args=("too",))
+    longest = llm.llm_engine.model_config.max_model_len
+    if any(len(ids) >= longest for ids in fed):
+        raise CaptureError(
+            f"A rollout fills all of max_model_len={longest}, and a second pass needs a token more: raise it, or read "
+            "with backend='forward'."
+        )
     asked = [{"prompt_token_ids": ids} for ids in fed]
+    llm.collective_rpc("mechreward_open", args=("too",))
     llm.generate(asked, once, use_tqdm=False, lora_request=lora_request)
     whole = RolloutBatch([""] * len(rows), [""] * len(rows), [[]] * len(rows), fed)
     read = match(receive_fed(llm.collective_rpc("mechreward_drain")[0]), whole, columns, read_last=True)

@@ -88,26 +88,22 @@ class Fed:
 
     Attributes:
         prompt: The request's prompt.
-        tokens: ``[n]`` the tokens after it, as they were fed back.
+        tokens: The n tokens after it, as they were fed back. A position that no pass ran is -1, which is no token.
         values: ``[n, K]`` float32, their readings.
-        read: ``[n]`` bool; a position that no pass ran is False.
     """
 
     prompt: tuple[int, ...]
     tokens: tuple[int, ...]
     values: Tensor
-    read: Tensor
 
 
 def send_fed(requests: Sequence[Fed], columns: int) -> str:
     """What :func:`receive_fed` reads."""
     values = [request.values for request in requests]
-    read = [request.read for request in requests]
     tensors = {
         "prompts": torch.tensor([t for request in requests for t in request.prompt], dtype=torch.int32),
         "tokens": torch.tensor([t for request in requests for t in request.tokens], dtype=torch.int32),
         "values": torch.cat(values) if values else torch.zeros(0, columns),
-        "read": torch.cat(read) if read else torch.zeros(0, dtype=torch.bool),
     }
     lengths = [(len(request.prompt), len(request.tokens)) for request in requests]
     return _text({"lengths": lengths}, tensors)
@@ -131,9 +127,7 @@ def receive_fed(text: str) -> list[Fed]:
     requests, p, t = [], 0, 0
     for prompt, fed in header["lengths"]:
         own = slice(t, t + fed)
-        requests.append(
-            Fed(tuple(prompts[p : p + prompt]), tuple(tokens[own]), tensors["values"][own], tensors["read"][own])
-        )
+        requests.append(Fed(tuple(prompts[p : p + prompt]), tuple(tokens[own]), tensors["values"][own]))
         p, t = p + prompt, t + fed
     return requests
 
@@ -153,8 +147,9 @@ def match(fed: Sequence[Fed], batch: RolloutBatch, columns: int, read_last: bool
         ``[B, T, K]`` float32, T the longest completion; what the batch's mask leaves out is 0.
 
     Raises:
-        CaptureError: Nobody fed these tokens, or a position that is to be read was not.
+        CaptureError: No request fed these tokens.
     """
+    exactly = {(request.prompt, request.tokens): request for request in fed}
     of_prompt: dict[tuple[int, ...], list[Fed]] = {}
     for request in fed:
         of_prompt.setdefault(request.prompt, []).append(request)
@@ -165,15 +160,16 @@ def match(fed: Sequence[Fed], batch: RolloutBatch, columns: int, read_last: bool
         if not len(wanted):
             continue
         until = int(wanted[-1]) + 1
-        start = tuple(completion[:until])
-        found = [request for request in of_prompt.get(tuple(prompt), []) if request.tokens[:until] == start]
-        whole = next((request for request in found if bool(request.read[wanted].all())), None)
-        if whole is None:
+        own, start = tuple(prompt), tuple(completion[:until])
+        found = exactly.get((own, start))
+        if found is None:  # engines may feed a token more
+            found = next((request for request in of_prompt.get(own, []) if request.tokens[:until] == start), None)
+        if found is None:
             raise CaptureError(
-                f"The engine has {'not read every token' if found else 'no request with the tokens'} of rollout {row} "
-                f"({len(prompt)} + {len(completion)} tokens): choose another way of reading, e.g. backend='forward'."
+                f"The engine has not read all tokens of rollout {row} ({len(prompt)} + {len(completion)} tokens): "
+                "choose another way of reading, e.g. backend='forward'."
             )
-        values[row, wanted] = whole.values[wanted]
+        values[row, wanted] = found.values[wanted]
     return values
 
 

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from mechreward import pocket
-from mechreward.errors import ModelMismatchError
+from mechreward.errors import ConfigError, ModelMismatchError
 from mechreward.readout import Readings, Readout, Request
 from mechreward.rollout.batch import RolloutBatch
 from mechreward.rollout.capture import check_fits
@@ -91,18 +91,25 @@ class VLLMModel:
         from mechreward.rollout.vllm import VLLMRollout
 
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the server's worker is a process of its own
-        config = AutoConfig.from_pretrained(pocket.resolve(name))
-        with torch.device("meta"):
-            self._shapes: Any = AutoModelForCausalLM.from_config(config)
-        check_fits(readouts, self._shapes)
-        self._rollout = VLLMRollout(name, readouts, backend="second_pass", dtype=dtype, **options)
+        try:
+            config = AutoConfig.from_pretrained(pocket.resolve(name))
+            with torch.device("meta"):
+                self._shapes: Any = AutoModelForCausalLM.from_config(config)
+            check_fits(readouts, self._shapes)
+            self._rollout = VLLMRollout(name, readouts, backend="second_pass", dtype=dtype, **options)
+        except (OSError, ValueError, TypeError, RuntimeError) as error:
+            said = " ".join(str(error).split())
+            raise ConfigError(
+                f"vLLM cannot be started on {name} ({type(error).__name__}: {said[:300]}): look at --model and --vllm."
+            ) from error
         self.tokenizer, self.ends = self._rollout.llm.get_tokenizer(), self._rollout.ends
-        longest = self._rollout.llm.llm_engine.model_config.max_model_len
-        self.limits = replace(limits(self._shapes), longest=longest)
+        self.limits = replace(limits(self._shapes), longest=self._rollout.anatomy.longest)
 
     def read(self, batch: RolloutBatch, requests: Sequence[Request]) -> dict[Request, Readings]:
-        """Readings for each request."""
-        return self._rollout.read(batch, requests)
+        """Readings for each request, whatever it says of whose activations it wants."""
+        own = {request: replace(request, reads="policy") for request in requests}
+        read = self._rollout.read(batch, list(own.values()))
+        return {request: read[as_policy] for request, as_policy in own.items()}
 
     def load_weights(self, file: Path) -> int:
         """As :meth:`HuggingFaceModel.load_weights`."""
