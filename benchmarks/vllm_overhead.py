@@ -42,7 +42,7 @@ RESULTS = Path(__file__).parent / "results"
 TARGET = 0.05
 """Of plain generation, for what is read while vLLM generates."""
 
-PROMPT, COMPLETION, ROLLOUTS = 8, 16, 64
+PROMPT, COMPLETION, ROLLOUTS = 8, 16, 32
 LAYER, FEATURES, LATENTS = 6, 20, 4096
 ENGINE = {
     "dtype": "float32", "max_model_len": 256, "max_num_seqs": 64, "enable_prefix_caching": False,
