@@ -13,7 +13,7 @@ test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n auto --dist loadfile
 
 test-slow: $(VENV)/.dev
-	$(BIN)/python -m pytest -n auto --dist loadfile -m slow
+	$(BIN)/python -m pytest -n auto --dist loadfile -m 'slow and not engine'
 
 # Real vLLM, OpenRLHF's own client and whole verl runs, in environments of their own, made once and kept. A process for
 # each file: what vLLM imports for one engine can keep it from building another.
