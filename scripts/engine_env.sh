@@ -9,7 +9,7 @@
 set -euo pipefail
 engine=${1:?which engine: verl or vllm}
 project=$(cd "$(dirname "$0")/.." && pwd)
-folder=${MECHREWARD_ENGINES:-${XDG_CACHE_HOME:-$HOME/.cache}/mechreward/engines}/$engine-$(sha256sum "$0" | cut -c1-12)
+folder=${MECHREWARD_ENGINES:-${XDG_CACHE_HOME:-${HOME:-/tmp}/.cache}/mechreward/engines}/$engine-$(sha256sum "$0" | cut -c1-12)
 install() { "$folder/bin/python" -m pip --disable-pip-version-check install --quiet "$@" >&2; }
 
 # What this library and its tests need there; hatchling, to install the library itself.
