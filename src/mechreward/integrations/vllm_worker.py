@@ -105,7 +105,8 @@ class _AuxStates:
         pass
 
     def end(self) -> dict[HookPoint, Tensor]:
-        states = self._runner.execute_model_state.aux_hidden_states
+        state = self._runner.execute_model_state
+        states = None if state is None else state.aux_hidden_states
         if states is None or len(states) != len(self._numbers):
             raise CaptureError("The model returned no hidden states: read with backend='forward'.")
         by_number = dict(zip(self._numbers, states, strict=True))
