@@ -237,3 +237,14 @@ def assert_readings(got: torch.Tensor, sae, x: torch.Tensor, ids) -> tuple[int, 
     worst = (difference / tolerance)[clear]
     assert (difference <= tolerance)[clear].all(), f"off by {worst.max().item():.3g} x the tolerance"
     return int((~clear).sum()), clear.numel()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """`mechreward serve` with pocket and its pack, as a process."""
+    from serving import Process
+
+    arguments = ["--model", "mechreward/pocket", "--pack", "pocket/reasoning_pack"]
+    started = Process(tmp_path_factory.mktemp("server"), *arguments)
+    yield started
+    started.end()

@@ -25,7 +25,6 @@ from mechreward.errors import ConfigError, ServiceError
 from mechreward.readout import ReadoutBank
 from mechreward.rollout.batch import RolloutBatch
 from mechreward.rollout.hf import read_forward
-from serving import Process
 
 pytestmark = pytest.mark.engine
 RECIPE = Path(__file__).parents[1] / "recipes" / "openrlhf"
@@ -69,15 +68,6 @@ def openrlhf():
 
     yield SimpleNamespace(agent=agent, samples=samples_generator, maker=experience_maker)
     sys.meta_path.remove(finder)
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    started = Process(
-        tmp_path_factory.mktemp("server"), "--model", "mechreward/pocket", "--pack", "pocket/reasoning_pack"
-    )
-    yield started
-    started.end()
 
 
 class Engine:

@@ -23,7 +23,6 @@ from safetensors.torch import load_file
 import mechreward as mr
 from mechreward.errors import CaptureError, ConfigError, RewardError
 from mechreward.pocket.questions import questions
-from serving import Process
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 ROOT = Path(__file__).parents[1]
@@ -178,15 +177,6 @@ def assert_reinforce(step):
 
 
 # -- a server ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    started = Process(
-        tmp_path_factory.mktemp("server"), "--model", "mechreward/pocket", "--pack", "pocket/reasoning_pack"
-    )
-    yield started
-    started.end()
 
 
 @contextmanager

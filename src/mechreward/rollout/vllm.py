@@ -34,8 +34,9 @@ BACKENDS = ("aux", "hook", "second_pass", "forward")
 WORKER = "mechreward.integrations.vllm_worker.ReadingWorker"
 
 ADDING = ("gemma", "gemma2", "gemma3", "llama", "qwen2", "qwen3")
-"""vLLM's modules whose decoder layers hand on two tensors that add up to the residual stream, which hooks rely on. In
-others (commandr, exaone4, phimoe, ...) the first alone is the stream."""
+"""vLLM's modules whose decoder layers hand on two tensors that add up to the residual stream, which hooks rely on:
+gemma2 and llama by test, the others by their source. In commandr, exaone4, phimoe and others the first alone is the
+stream."""
 
 
 @dataclass(frozen=True)
