@@ -31,6 +31,7 @@ test-verl:
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 # Makes the embedded model again from nothing; goes on where it was interrupted.

@@ -24,7 +24,6 @@ import planting
 from mechreward.errors import CandidateWarning, ConfigError, DetectorWarning
 from mechreward.hacking import AdversarialSuite, OneSidedPenalty
 from mechreward.hacking.adversarial import ALL, EACH
-from mechreward.hacking.detectors import flag_rates, guards_of, guards_state, load_guards_state
 from mechreward.hacking.drift import SHRINK, Firing, Outlier, projection
 from mechreward.hacking.redteam.campaign import cue_tokens
 from mechreward.hacking.redteam.target import Target
@@ -43,6 +42,7 @@ from mechreward.hacking.signs import (
 )
 from mechreward.readout import HookPoint, Readings, direction
 from mechreward.reward.feature_reward import FeatureReward
+from mechreward.reward.guards import flag_rates, guards_of, guards_state, load_guards_state
 from mechreward.reward.outcome import OutcomeReward
 from mechreward.rollout.batch import RolloutBatch
 from mechreward.rollout.hf import HFSource, load_model, sample

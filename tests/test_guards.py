@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from mechreward.errors import ConfigError, MechRewardError, RewardError
 from mechreward.hacking import RepetitionDetector, Verdict
-from mechreward.hacking.detectors import apply_guards
 from mechreward.pocket.questions import KNOWN_PEOPLE, fact_completion, questions
+from mechreward.reward.guards import apply_guards
 from mechreward.rollout.batch import RolloutBatch
 
 

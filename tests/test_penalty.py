@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 import mechreward as mr
 from mechreward.errors import ConfigError, RewardError
 from mechreward.hacking import OneSidedPenalty
-from mechreward.hacking.detectors import RepetitionDetector
 from mechreward.integrations.trl_grpo import MechRewardGRPOConfig, MechRewardGRPOTrainer
 from mechreward.readout import HookPoint, Readings, direction
 from mechreward.reward.base import Dense, Reward, Scores
+from mechreward.reward.guards import RepetitionDetector
 from mechreward.rollout.batch import RolloutBatch
 from test_trl import POINT, VECTOR, options
 

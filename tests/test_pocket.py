@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mechreward as mr
+from mechreward.aggregation import aggregation
 from mechreward.errors import CandidateWarning, ConfigError
 from mechreward.features.gate import auc
 from mechreward.pocket.questions import (
@@ -21,7 +22,6 @@ from mechreward.pocket.questions import (
     way_of_answering,
 )
 from mechreward.readout import ReadoutBank
-from mechreward.reward.aggregation import aggregation
 from mechreward.rollout.hf import HFSource, read_forward, sample
 
 FIGURES = json.loads((mr.pocket.files() / "figures.json").read_text())

@@ -21,13 +21,13 @@ from typer.testing import CliRunner
 
 import mechreward as mr
 from conftest import residual as residual_by_hand
+from mechreward.aggregation import attention_over
 from mechreward.cli import app
 from mechreward.errors import CaptureError, ConfigError, DataError, PackError
 from mechreward.probes import linear_probe, training
 from mechreward.probes.linear_probe import load_probe, save_probe
 from mechreward.probes.training import calibrate, parse_layers, platt, rollout_logits, train_probe
 from mechreward.readout import HookPoint
-from mechreward.reward.aggregation import attention_over
 from mechreward.reward.feature_reward import FeatureReward
 from mechreward.rollout.batch import RolloutBatch
 from mechreward.rollout.hf import HFSource

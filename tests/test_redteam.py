@@ -20,7 +20,6 @@ from mechreward import verifiers
 from mechreward.cli import app
 from mechreward.errors import CandidateWarning, ConfigError, DataError
 from mechreward.features.interventions import Cues
-from mechreward.hacking.detectors import RepetitionDetector, Verdict
 from mechreward.hacking.redteam import campaign, report
 from mechreward.hacking.redteam.policy import (
     MOST,
@@ -43,6 +42,7 @@ from mechreward.hacking.redteam.templates import (
     split_final,
 )
 from mechreward.reward.base import Reward, Scores
+from mechreward.reward.guards import RepetitionDetector, Verdict
 from mechreward.rollout.batch import RolloutBatch
 from planting import pocket
 

@@ -18,10 +18,10 @@ from transformers import PreTrainedTokenizerFast
 
 import mechreward as mr
 from conftest import VOCAB, WIDTH, build
+from mechreward.aggregation import aggregation
 from mechreward.errors import CandidateWarning, ConfigError, MechRewardError, ModelMismatchError, PackError, RewardError
 from mechreward.features.pack import Calibration, FeaturePack
 from mechreward.readout import HookPoint, Readings, Readout, Request, direction
-from mechreward.reward.aggregation import aggregation
 from mechreward.reward.base import Reward, Scores
 from mechreward.reward.feature_reward import FeatureReward, lowered
 from mechreward.reward.normalization import EPS, dense_zscore, zscore_in_batch, zscore_in_group

@@ -17,10 +17,10 @@ from trl import GRPOConfig, GRPOTrainer
 
 import mechreward as mr
 from mechreward.errors import ConfigError, ModelMismatchError, RewardError
-from mechreward.hacking.detectors import RepetitionDetector
 from mechreward.integrations.trl_grpo import MechRewardGRPOConfig, MechRewardGRPOTrainer
 from mechreward.readout import Request
 from mechreward.reward.base import Reward, Scores
+from mechreward.reward.guards import RepetitionDetector
 from mechreward.rollout.batch import Call
 from mechreward.rollout.resolve import describe
 

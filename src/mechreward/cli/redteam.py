@@ -27,9 +27,9 @@ from mechreward.cli.find import (
 from mechreward.features.catalog import load_pack
 
 if TYPE_CHECKING:
-    from mechreward.hacking.detectors import Guard
     from mechreward.hacking.redteam.report import Attack
     from mechreward.reward.feature_reward import FeatureReward
+    from mechreward.reward.guards import Guard
 
 Data = Annotated[
     str | None,

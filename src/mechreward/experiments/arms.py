@@ -18,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from mechreward import verifiers
+from mechreward.aggregation import aggregation
 from mechreward.errors import ConfigError
 from mechreward.experiments.config import Arm, ExperimentConfig, Features
 from mechreward.experiments.data import load
@@ -25,13 +26,12 @@ from mechreward.features.catalog import load_pack
 from mechreward.features.discover import select
 from mechreward.features.frozen import check_sae, frozen_readout
 from mechreward.features.pack import FeaturePack, PackFeature
-from mechreward.hacking.detectors import Guard
 from mechreward.hacking.monitor import Monitor
 from mechreward.readout import Readings, Readout, Request, direction, residual
-from mechreward.reward.aggregation import aggregation
 from mechreward.reward.base import Reward, Scores
 from mechreward.reward.composition import CompositeReward
 from mechreward.reward.feature_reward import FeatureReward
+from mechreward.reward.guards import Guard
 from mechreward.reward.outcome import OutcomeReward
 from mechreward.rollout.batch import RolloutBatch
 from mechreward.rollout.hf import load_model, over_tokens, read_in_pieces

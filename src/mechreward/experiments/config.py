@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from mechreward.aggregation import aggregation
 from mechreward.errors import ConfigError
 from mechreward.readout import Reads
-from mechreward.reward.aggregation import aggregation
 from mechreward.reward.composition import Mode
 from mechreward.schema import Location, Strict, most_telling, sentence, shown_location
 

@@ -25,7 +25,6 @@ from mechreward.experiments.config import Arm, Count, ExperimentConfig, Positive
 from mechreward.experiments.data import load
 from mechreward.features.catalog import load_pack
 from mechreward.hacking.adversarial import AdversarialSuite
-from mechreward.hacking.detectors import Guard
 from mechreward.hacking.dual_verifier import Disagreement
 from mechreward.hacking.monitor import (
     Collapse,
@@ -44,6 +43,7 @@ from mechreward.readout import Readings, Request
 from mechreward.reward.base import Reward, Scores
 from mechreward.reward.composition import CompositeReward
 from mechreward.reward.feature_reward import FeatureReward
+from mechreward.reward.guards import Guard
 from mechreward.reward.outcome import OutcomeReward
 from mechreward.rollout.batch import RolloutBatch
 from mechreward.rollout.hf import HFSource, sample

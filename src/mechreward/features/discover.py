@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
+from mechreward.aggregation import aggregation as find_aggregation
 from mechreward.errors import ConfigError, PackError, nearest
 from mechreward.features.pack import FeaturePack, PackFeature, SAERef
 from mechreward.features.reasonscore import reason_scores
 from mechreward.features.scan import Scan, permuted, scan
-from mechreward.reward.aggregation import aggregation as find_aggregation
 from mechreward.rollout.batch import plain_text
 from mechreward.rollout.capture import check_fits
 from mechreward.rollout.hf import pooled

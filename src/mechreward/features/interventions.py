@@ -19,8 +19,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mechreward.aggregation import aggregation
 from mechreward.readout import Readings, Readout
-from mechreward.reward.aggregation import aggregation
 from mechreward.rollout.batch import RolloutBatch
 from mechreward.rollout.hf import MAX_NUMBERS, over_tokens, read_in_pieces
 from mechreward.rollout.labelled import Labelled

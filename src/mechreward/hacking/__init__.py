@@ -3,7 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from mechreward.hacking.detectors import Guard, RepetitionDetector, Verdict
+from mechreward.reward.guards import Guard, RepetitionDetector, Verdict
 
 if TYPE_CHECKING:
     from mechreward.hacking.adversarial import AdversarialSuite

@@ -19,7 +19,6 @@ from scipy.stats import beta
 from torch import Tensor
 
 from mechreward.errors import ConfigError, DetectorWarning, RewardError, nearest
-from mechreward.hacking.detectors import Verdict
 from mechreward.hacking.drift import Firing, Outlier, Reconstruction
 from mechreward.hacking.signs import (
     CueStuffing,
@@ -34,6 +33,7 @@ from mechreward.hacking.signs import (
     Template,
 )
 from mechreward.readout import Readings, Request
+from mechreward.reward.guards import Verdict
 from mechreward.rollout.batch import RolloutBatch
 from mechreward.sae.handle import SAEHandle
 

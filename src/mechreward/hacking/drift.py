@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mechreward.aggregation import aggregation
 from mechreward.hacking.signs import Detector, Rewarded
 from mechreward.readout import HookPoint, Readings, Readout, Reads, Request
-from mechreward.reward.aggregation import aggregation
 from mechreward.rollout.batch import RolloutBatch
 from mechreward.rollout.hf import over_tokens
 from mechreward.sae.handle import SAEHandle

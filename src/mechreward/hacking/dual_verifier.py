@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from mechreward.errors import ConfigError
-from mechreward.hacking.detectors import Verdict, apply_guards
 from mechreward.probes.linear_probe import Probe
 from mechreward.readout import IDENTITY, Readings, Reads, Request
 from mechreward.reward.base import Reward, Scores
 from mechreward.reward.feature_reward import FeatureReward
+from mechreward.reward.guards import Verdict, apply_guards
 from mechreward.rollout.batch import RolloutBatch
 
 

@@ -25,12 +25,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mechreward.aggregation import aggregation
 from mechreward.errors import ConfigError, RewardError
-from mechreward.hacking.detectors import Guard
 from mechreward.readout import HookPoint, Readings, Readout, Request, residual
-from mechreward.reward.aggregation import aggregation
 from mechreward.reward.base import Reward
 from mechreward.reward.feature_reward import FeatureReward
+from mechreward.reward.guards import Guard
 from mechreward.reward.outcome import OutcomeReward
 from mechreward.rollout.batch import RolloutBatch
 from mechreward.rollout.hf import over_tokens

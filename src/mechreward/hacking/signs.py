@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mechreward.hacking.detectors import all_within, repeated_ngrams
 from mechreward.readout import Readings, Request
 from mechreward.reward.feature_reward import FeatureReward
+from mechreward.reward.guards import all_within, repeated_ngrams
 from mechreward.reward.outcome import OutcomeReward
 from mechreward.rollout.batch import RolloutBatch, plain_text
 

@@ -20,17 +20,6 @@ from transformers import TrainerCallback
 
 from mechreward import pocket
 from mechreward.errors import ConfigError, MechRewardError, MissingExtraError, RewardError, nearest
-from mechreward.hacking.detectors import (
-    Guard,
-    RepetitionDetector,
-    all_within,
-    apply_guards,
-    attach,
-    flag_rates,
-    guards_of,
-    guards_state,
-    load_guards_state,
-)
 from mechreward.hacking.monitor import (
     Monitor,
     Observation,
@@ -44,6 +33,17 @@ from mechreward.hacking.regularization import adapted, check_options, scheduled
 from mechreward.readout import Readings, Readout, ReadoutBank, Request
 from mechreward.reward.base import Dense, Reward, Scores
 from mechreward.reward.composition import warn_if_weight_cancels
+from mechreward.reward.guards import (
+    Guard,
+    RepetitionDetector,
+    all_within,
+    apply_guards,
+    attach,
+    flag_rates,
+    guards_of,
+    guards_state,
+    load_guards_state,
+)
 from mechreward.reward.normalization import dense_zscore
 from mechreward.rollout.batch import Call, RolloutBatch
 from mechreward.rollout.capture import (

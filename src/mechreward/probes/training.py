@@ -25,6 +25,7 @@ from scipy.optimize import minimize
 from scipy.special import expit
 from torch import Tensor
 
+from mechreward.aggregation import aggregation, attention_over
 from mechreward.errors import CaptureError, ConfigError, DataError, nearest
 from mechreward.extras import require
 from mechreward.features.gate import auc, bootstrap
@@ -39,7 +40,6 @@ from mechreward.probes.linear_probe import (
     as_probe,
 )
 from mechreward.readout import HookPoint, ReadoutBank, residual
-from mechreward.reward.aggregation import aggregation, attention_over
 from mechreward.reward.feature_reward import FeatureReward
 from mechreward.rollout.capture import decoder_layers, text_config
 from mechreward.rollout.hf import over_tokens, pooled, read_forward, read_in_pieces

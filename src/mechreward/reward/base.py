@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from mechreward.errors import RewardError
-from mechreward.hacking.detectors import flag_rates, guards_of
 from mechreward.readout import Readings, Request
+from mechreward.reward.guards import flag_rates, guards_of
 from mechreward.rollout.batch import Call, RolloutBatch, Text
 from mechreward.rollout.resolve import resolve_source
 

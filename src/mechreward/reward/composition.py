@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from mechreward.errors import ConfigError, RewardError, nearest
-from mechreward.hacking.detectors import (
+from mechreward.readout import Readings, Request
+from mechreward.reward.base import Reward, Scores
+from mechreward.reward.guards import (
     Guard,
     RepetitionDetector,
     all_within,
@@ -22,8 +24,6 @@ from mechreward.hacking.detectors import (
     guards_state,
     load_guards_state,
 )
-from mechreward.readout import Readings, Request
-from mechreward.reward.base import Reward, Scores
 from mechreward.reward.outcome import OutcomeReward
 from mechreward.rollout.batch import RolloutBatch
 

@@ -11,11 +11,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from mechreward.aggregation import aggregation as find_aggregation
+from mechreward.aggregation import attention_over
 from mechreward.errors import CandidateWarning, ConfigError, PackError, RewardError, nearest
 from mechreward.features.pack import Calibration, FeaturePack
 from mechreward.readout import Readings, Readout, Reads, Request
-from mechreward.reward.aggregation import aggregation as find_aggregation
-from mechreward.reward.aggregation import attention_over
 from mechreward.reward.base import Dense, Reward, Scores
 from mechreward.reward.normalization import zscore_in_batch, zscore_in_group
 from mechreward.reward.schedule import Schedule

@@ -11,9 +11,9 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from mechreward import pocket
+from mechreward.aggregation import Aggregate, aggregation
 from mechreward.errors import ConfigError, RewardError
 from mechreward.readout import HookPoint, Readings, Readout, ReadoutBank, Request
-from mechreward.reward.aggregation import Aggregate, aggregation
 from mechreward.rollout.batch import Call, RolloutBatch, Text, plain_text
 from mechreward.rollout.capture import (
     ResidualTap,

@@ -11,11 +11,11 @@ import torch
 from numpy.typing import NDArray
 
 from mechreward.errors import DataError
-from mechreward.hacking.detectors import Guard, RepetitionDetector
 from mechreward.hacking.dual_verifier import Disagreement
 from mechreward.readout import Readings, Request
 from mechreward.reward.base import Reward
 from mechreward.reward.feature_reward import lowered
+from mechreward.reward.guards import Guard, RepetitionDetector
 from mechreward.rollout.batch import RolloutBatch
 from mechreward.rollout.hf import HFSource, sample
 from mechreward.schema import shown

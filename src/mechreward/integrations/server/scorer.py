@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mechreward.aggregation import aggregation
 from mechreward.errors import ConfigError
-from mechreward.hacking.detectors import Guard
 from mechreward.integrations.server.models import HuggingFaceModel, ServedModel, VLLMModel
-from mechreward.reward.aggregation import aggregation
 from mechreward.reward.base import Reward
 from mechreward.reward.composition import CompositeReward, labels
 from mechreward.reward.feature_reward import FeatureReward
+from mechreward.reward.guards import Guard
 from mechreward.reward.outcome import OutcomeReward
 from mechreward.rollout.batch import RolloutBatch
 from mechreward.rollout.hf import over_tokens
