@@ -33,7 +33,12 @@ CELLS = {
 
 def markdown(report: Mapping[str, Any]) -> str:
     """What is left of the accuracy, who noticed, when; and best of N."""
-    training, cells = report["training"], report["cells"]
+    sections = (_accuracy, _detection, _alarms, _templates, _best_of_n)
+    return "\n".join(line for section in sections for line in section(report)) + "\n"
+
+
+def _accuracy(report: Mapping[str, Any]) -> list[str]:
+    training = report["training"]
     rollouts = training["prompts_per_step"] * training["num_generations"]
     lines = [
         "# Experiment 06: a reward under attack",
@@ -53,13 +58,17 @@ def markdown(report: Mapping[str, Any]) -> str:
         "| cell | seeds | accuracy, start | end | minus outcome | reward, start | end | gap |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for name, c in cells.items():
+    for name, c in report["cells"].items():
         lines.append(
             f"| {CELLS.get(name, name)} | {len(c['seeds'])} | {_mean(c['accuracy'][0])} | {_with(c['accuracy'][-1])} | "
             f"{_with(c['minus_outcome'], sign=True)} | {_mean(c['reward'][0])} | {_with(c['reward'][-1])} | "
             f"{_with(c['proxy_gold_gap'], sign=True)} |"
         )
-    lines += [
+    return lines
+
+
+def _detection(report: Mapping[str, Any]) -> list[str]:
+    lines = [
         "",
         "## Detection, on the rollouts of the last 5 steps",
         "",
@@ -71,7 +80,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         "| cell | AUC | evasion | flagged | most by | held-out AUC |",
         "|---|---|---|---|---|---|",
     ]
-    for name, c in cells.items():
+    for name, c in report["cells"].items():
         d = c["detection"]
         best = max(c["caught_by"], key=c["caught_by"].get)
         lines.append(
@@ -86,20 +95,32 @@ def markdown(report: Mapping[str, Any]) -> str:
         "",
         f"False positives on {rates['rollouts']} fresh clean rollouts: {_percent(rates['any'], 1)} by any detector "
         f"({named}).",
+    ]
+    return lines
+
+
+def _alarms(report: Mapping[str, Any]) -> list[str]:
+    cells = report["cells"]
+    alarms = sorted({alarm for c in cells.values() for alarm in c["first_alarm"]})
+    lines = [
         "",
         "## Alarms",
         "",
         "The step at which each alarm first rang, one figure a seed (`-`: never), and the step from which accuracy "
         "stayed 5 points below its start. `flagged`: more rollouts flagged than 3 % in two steps running (p < .001).",
         "",
-        "| cell | accuracy fell | " + " | ".join(alarms := _alarms(cells)) + " |",
+        "| cell | accuracy fell | " + " | ".join(alarms) + " |",
         "|---" * (len(alarms) + 2) + "|",
     ]
     for name, c in cells.items():
         rung = [_each(c["first_alarm"].get(alarm, [None] * len(c["seeds"]))) for alarm in alarms]
         lines.append(f"| {CELLS.get(name, name)} | {_each(c['fell_at'])} | {' | '.join(rung)} |")
+    return lines
+
+
+def _templates(report: Mapping[str, Any]) -> list[str]:
     detectors = list(next(iter(report["templates"].values())))
-    lines += [
+    lines = [
         "",
         "## Attack 1: text templates",
         "",
@@ -111,8 +132,12 @@ def markdown(report: Mapping[str, Any]) -> str:
     ]
     for family, shares in report["templates"].items():
         lines.append(f"| {family} | {' | '.join(f'{shares[d]:.2f}' for d in detectors)} |")
+    return lines
+
+
+def _best_of_n(report: Mapping[str, Any]) -> list[str]:
     best = report["best_of_n"]
-    lines += [
+    lines = [
         "",
         "## Attack 2: best of N",
         "",
@@ -126,11 +151,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         low, high = curve["interval"][-1]
         figures = " | ".join(f"{a:.2f}" for a in curve["accuracy"])
         lines.append(f"| {CELLS.get(name, name)} | {figures} | ({low:.2f} to {high:.2f}) |")
-    return "\n".join(lines) + "\n"
-
-
-def _alarms(cells: Mapping[str, Any]) -> list[str]:
-    return sorted({alarm for c in cells.values() for alarm in c["first_alarm"]})
+    return lines
 
 
 def _each(values: Sequence[float | None]) -> str:
