@@ -7,7 +7,11 @@ from mechreward.errors import MissingExtraError
 
 
 def require(package: str, extra: str) -> ModuleType:
-    """Import an optional package, or say which extra brings it."""
+    """Import an optional package.
+
+    Raises:
+        MissingExtraError: It is not installed: says which extra brings it.
+    """
     try:
         return importlib.import_module(package)
     except ModuleNotFoundError as error:

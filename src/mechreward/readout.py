@@ -193,6 +193,7 @@ class Readout:
 
     @property
     def d_model(self) -> int:
+        """Width of the residual stream."""
         return self.weight.shape[0]
 
     @property
@@ -296,6 +297,7 @@ class ReadoutBank:
 
     @property
     def hook_points(self) -> list[HookPoint]:
+        """Where it reads, from the first layer to the last."""
         return sorted({r.hook_point for r in self.readouts})
 
     def _shared_products(self) -> Iterable[list[Readout]]:

@@ -190,7 +190,11 @@ class Calibration(Strict):
 
     @classmethod
     def of(cls, rewards: ArrayLike, aggregation: str) -> Self:
-        """Calibration from the raw rewards [n] of the gate's rollouts."""
+        """Calibration from the raw rewards ``[n]`` of the gate's rollouts.
+
+        Raises:
+            PackError: There are none, or some are not finite.
+        """
         values = np.asarray(rewards, dtype=np.float64)
         if values.ndim != 1 or values.size == 0 or not np.isfinite(values).all():
             raise PackError("A calibration needs a non-empty list of finite rewards; leave out rollouts without one.")
@@ -356,7 +360,11 @@ class FeaturePack(Strict):
 
 
 def read_pack(path: str | Path) -> FeaturePack:
-    """Read and check a pack's JSON file; anything wrong with it is a PackError of one sentence."""
+    """Read and check a pack's JSON file.
+
+    Raises:
+        PackError: Whatever is wrong with it, in one sentence.
+    """
     path = Path(path)
     raw = _read_json(path)
     version = raw.get("schema_version")

@@ -37,6 +37,7 @@ class Usual:
         self.total = self.squares = torch.zeros((), dtype=torch.float64)
 
     def add(self, rows: Tensor) -> None:
+        """Take in vectors ``[B, K]``; rows with a NaN are left out."""
         rows = rows[~rows.isnan().any(dim=1)]
         self.count += len(rows)
         self.total = self.total + rows.sum(dim=0)

@@ -577,7 +577,11 @@ def _share_below(ordered: NDArray, values: NDArray) -> NDArray:
 
 
 def recall_of_the_wrong(right: NDArray, wrong: NDArray) -> float:
-    """The share of wrong rollouts that score below all but 1 % of the right ones; NaN with fewer than 100 of those."""
+    """The share of wrong rollouts that score below all but 1 % of the right ones; NaN with fewer than 100 of those.
+
+    Args:
+        right, wrong: Scores, ``[n_right]`` and ``[n_wrong]``.
+    """
     if len(right) < 100 or len(wrong) == 0:
         return math.nan
     spared = np.sort(right)[len(right) // 100]  # at most that many right ones lie below it
@@ -652,7 +656,11 @@ def show(
 
 
 def measured(monitor: Monitor | Reward, seen: Observation) -> dict[str, Tensor]:
-    """A monitor's rows, checked, so that what is wrong is said before processes wait for each other."""
+    """A monitor's rows, each ``[B, ...]``, checked, so that what is wrong is said before processes wait for each other.
+
+    Raises:
+        RewardError: They are no tensors of B rows.
+    """
     rows = {"": seen.raw(monitor)} if isinstance(monitor, Reward) else dict(monitor.measure(seen))
     for name, values in rows.items():
         if not isinstance(values, Tensor) or len(values) != len(seen.batch):

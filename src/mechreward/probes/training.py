@@ -572,6 +572,10 @@ def platt(logits: Floats, labels: NDArray[np.bool_]) -> tuple[float, float]:
 
     The targets are (n_1 + 1) / (n_1 + 2) and 1 / (n_0 + 2) in place of 1 and 0 (Platt 1999), so that logits which
     separate the labels perfectly still give a finite slope.
+
+    Args:
+        logits: ``[n]`` float64.
+        labels: ``[n]`` bool.
     """
     n_1 = int(labels.sum())
     target = np.where(labels, (n_1 + 1) / (n_1 + 2), 1 / (len(labels) - n_1 + 2))

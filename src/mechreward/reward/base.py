@@ -56,9 +56,13 @@ class Scores:
 class Source(Protocol):
     """Whatever can turn a call from a trainer into a rollout batch, and produce readings for it."""
 
-    def batch(self, call: Call) -> RolloutBatch: ...
+    def batch(self, call: Call) -> RolloutBatch:
+        """The call with its token ids and groups."""
+        ...
 
-    def read(self, batch: RolloutBatch, requests: Sequence[Request]) -> Mapping[Request, Readings]: ...
+    def read(self, batch: RolloutBatch, requests: Sequence[Request]) -> Mapping[Request, Readings]:
+        """Values ``[B, T, K]`` and their mask ``[B, T]``, for each request."""
+        ...
 
     def accept(self, reward: Reward, batch: RolloutBatch, scores: Scores) -> None:
         """Take what a list of numbers cannot carry: dense parts, and the guards' verdicts in ``batch``."""

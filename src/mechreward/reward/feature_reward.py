@@ -186,7 +186,11 @@ class FeatureReward(Reward):
         return aggregate(self.raw(read), read.mask).cpu()
 
     def score(self, batch: RolloutBatch, readings: Mapping[Request, Readings], sense: float = 1.0) -> Scores:
-        """Aggregate, let guards lower, normalise, schedule."""
+        """Aggregate, let guards lower, normalise, schedule.
+
+        Raises:
+            RewardError: What was read, or what the schedule gives, is not finite.
+        """
         read = readings[self.request]
         tokens = self.raw(read)
         if not tokens[read.mask].isfinite().all():
@@ -239,6 +243,11 @@ def lowered(values: Tensor, trust: Tensor | None, sense: float = 1.0) -> Tensor:
 
     Where the reward is subtracted (``sense`` < 0, e.g. a hedging pack weighted -0.5), what a guard may take is the
     other side: max(r, 0) + trust min(r, 0). Otherwise to be flagged would be the way out of a penalty.
+
+    Args:
+        values: r, ``[B]`` or ``[B, T]`` float32.
+        trust: ``[B]`` or ``[B, 1]`` in 0..1, or None where nothing guards.
+        sense: The sign with which the reward is used.
     """
     if trust is None:
         return values

@@ -149,7 +149,11 @@ class RolloutBatch:
         return mask
 
     def grouped(self, rows: Tensor) -> Tensor:
-        """``[B] -> [groups, num_generations]`` over all processes."""
+        """``[B, ...] -> [groups, num_generations, ...]`` over all processes.
+
+        Raises:
+            RewardError: The rows do not divide into groups.
+        """
         everyone = self.gather(rows)
         if len(everyone) % self.num_generations:
             raise RewardError(
@@ -164,7 +168,7 @@ class RolloutBatch:
         return grouped.reshape(-1, *grouped.shape[2:])[start : start + len(self)]
 
     def guarded(self, trust: Tensor, dropped: Tensor, flags: Sequence[Sequence[str]]) -> RolloutBatch:
-        """This batch with a further guard's verdict: guards can only lower."""
+        """This batch with a further guard's verdict, as its attributes say it: guards can only lower."""
         if self.trust is not None and self.dropped is not None and self.flags is not None:
             trust, dropped = torch.minimum(self.trust, trust), self.dropped | dropped
             flags = [list(dict.fromkeys([*old, *new])) for old, new in zip(self.flags, flags, strict=True)]

@@ -51,7 +51,11 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def text_config(model: nn.Module):
-    """The configuration of the (text) decoder."""
+    """The configuration of the (text) decoder.
+
+    Raises:
+        CaptureError: The model is not one of Hugging Face's.
+    """
     config = getattr(_transformer(model), "config", None)
     if config is None or not hasattr(config, "get_text_config"):
         raise CaptureError(f"{type(model).__name__} has no Hugging Face config, so its decoder layers can't be found.")

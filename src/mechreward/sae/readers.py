@@ -28,7 +28,9 @@ def brief(error: Exception) -> str:
 class Reader(Protocol):
     """Reads named tensors, or some of their rows (axis 0) or columns (axis 1), as float32."""
 
-    def shape(self, name: str) -> tuple[int, ...]: ...
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of the whole tensor."""
+        ...
 
     def __call__(self, name: str, ids: list[int] | None = None, axis: int = 0) -> Tensor: ...
 

@@ -101,7 +101,11 @@ def _known(release: str, sae_id: str, ids: dict[str, Any]) -> Any:
 
 @functools.cache
 def saelens_directory() -> dict[str, Any]:
-    """SAELens' list of releases, read from its data file: importing SAELens itself takes ten seconds."""
+    """SAELens' list of releases, read from its data file: importing SAELens itself takes ten seconds.
+
+    Raises:
+        MissingExtraError: SAELens is not installed.
+    """
     package = importlib.util.find_spec("sae_lens")
     if package is None or package.origin is None:
         raise MissingExtraError("sae-lens", "sae")
