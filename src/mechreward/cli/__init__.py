@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from mechreward.cli.doctor import doctor
 from mechreward.cli.features import features
 from mechreward.cli.find import discover, gate
 from mechreward.cli.packs import packs
@@ -34,6 +35,7 @@ app.command()(discover)
 app.command()(gate)
 app.command()(redteam)
 app.command()(serve)
+app.command()(doctor)
 app.add_typer(packs, name="packs")
 app.add_typer(features, name="features")
 app.add_typer(probe, name="probe")
