@@ -206,8 +206,8 @@ def test_tokens_keep_the_space_that_they_stand_for():
             text = "".join(self.words[i] for i in ids).replace("é-1é-2", "é")
             return re.sub("é-[12]", "\ufffd", text).replace("▁", " ").removeprefix(" ")
 
-    assert module._token_texts(Dropping(), [0, 1, 2, 1]) == ["the", " cat", "s", " cat"]
-    assert module._token_texts(Dropping(), [1, 3, 4]) == ["cat", "\ufffd", "\ufffd"]
+    assert module.token_texts(Dropping(), [0, 1, 2, 1]) == ["the", " cat", "s", " cat"]
+    assert module.token_texts(Dropping(), [1, 3, 4]) == ["cat", "\ufffd", "\ufffd"]
 
 
 def test_quantiles_cover_every_strength():

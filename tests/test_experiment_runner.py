@@ -25,6 +25,7 @@ import mechreward as mr
 from mechreward.errors import ConfigError, MechRewardError
 from mechreward.experiments import arms, data, runner
 from mechreward.experiments.config import read_config
+from mechreward.integrations import recording
 from test_experiment_config import TEXT, one_sentence, swapped, tiny
 
 ROOT = Path(__file__).parent.parent
@@ -113,12 +114,12 @@ class TestRecords:
         file, records = tmp_path / "a.jsonl", [{"step": 1, "completion": "two\nlines   here"}, {"step": 2}]
         whole = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
         file.write_text(whole, encoding="utf-8")
-        assert runner.read_jsonl(file) == records
+        assert recording.read_jsonl(file) == records
         for cut in ('{"st', '{"step": 3', "{", "nul"):
             file.write_text(whole + cut, encoding="utf-8")
-            assert runner.read_jsonl(file) == records
+            assert recording.read_jsonl(file) == records
         file.write_text("")
-        assert runner.read_jsonl(file) == []
+        assert recording.read_jsonl(file) == []
 
     def test_what_came_after_the_checkpoint_is_forgotten(self, tmp_path):
         rows = [{"step": step, "k": k} for step in (0, 1, 2, 2, 3, 4) for k in range(2)]
@@ -126,10 +127,10 @@ class TestRecords:
             (tmp_path / name).write_text("".join(json.dumps(r) + "\n" for r in rows) + '{"step": 5, ')
         runner._forget_after(tmp_path, 2)
         for name in ("metrics.jsonl", "samples.jsonl"):
-            assert runner.read_jsonl(tmp_path / name) == [r for r in rows if r["step"] <= 2]
+            assert recording.read_jsonl(tmp_path / name) == [r for r in rows if r["step"] <= 2]
         assert len(list(tmp_path.iterdir())) == 2
         runner._forget_after(tmp_path, -1)  # no checkpoint: the start is evaluated again, too
-        assert runner.read_jsonl(tmp_path / "samples.jsonl") == []
+        assert recording.read_jsonl(tmp_path / "samples.jsonl") == []
 
 
 # -- evaluation --------------------------------------------------------------------------------------------------------
@@ -268,7 +269,7 @@ class TestEvaluate:
 
 # -- runs --------------------------------------------------------------------------------------------------------------
 
-FILES = ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl")
+FILES = ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl", "trace.jsonl")
 
 
 def recorded(folder) -> dict:
@@ -276,7 +277,7 @@ def recorded(folder) -> dict:
     kept = {}
     for name in FILES:
         kept[name] = [
-            {k: v for k, v in record.items() if "seconds" not in k and k != "step_time"}
+            {k: v for k, v in record.items() if "seconds" not in k and k not in ("step_time", "peak_memory_bytes")}
             for record in map(json.loads, (folder / name).read_text().splitlines())
         ]
     return kept | {"summary": json.loads((folder / "summary.json").read_text())}
@@ -363,7 +364,7 @@ class Stop:
 
     def __init__(self, monkeypatch, where):
         self.where, self.done = where, False
-        step_end, write = runner.Recorder.on_step_end, runner._write_json
+        step_end, write = runner.Recorder.on_step_end, runner.write_json
 
         def on_step_end(recorder, args, state, control, **kwargs):
             if where == "during step 3" and state.global_step == 3:
@@ -376,7 +377,7 @@ class Stop:
             write(file, content)
 
         monkeypatch.setattr(runner.Recorder, "on_step_end", on_step_end)
-        monkeypatch.setattr(runner, "_write_json", write_json)
+        monkeypatch.setattr(runner, "write_json", write_json)
 
     def tell(self, line):
         if self.where == "at the evaluation of step 2" and "step   2" in line:

@@ -138,8 +138,11 @@ def feature_reward(config: ExperimentConfig, features: Features, seed: int, name
         "name": name,
     }
     if features.control == "shuffled":
-        return ShuffledReward(readout, weights, seed=seed, **options)
-    return FeatureReward(readout, weights, **options)
+        reward: FeatureReward = ShuffledReward(readout, weights, seed=seed, **options)
+    else:
+        reward = FeatureReward(readout, weights, **options)
+    reward.pack = pack if features.control in ("none", "shuffled") else None
+    return reward
 
 
 def carried_out(recipe: FeaturePack, contrast: Contrast) -> FeaturePack:

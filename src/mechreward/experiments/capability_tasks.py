@@ -26,8 +26,8 @@ import yaml
 from mechreward import pocket, verifiers
 from mechreward.errors import ConfigError, nearest
 from mechreward.experiments.capability import CapabilityConfig, LmEvalTask, PocketSuite, Scores, matching
-from mechreward.experiments.runner import environment
 from mechreward.extras import require
+from mechreward.integrations.recording import environment
 from mechreward.pocket.questions import Question, corpus_completion, questions
 from mechreward.rollout.hf import load_model, sample
 

@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from mechreward.errors import ConfigError, nearest
-from mechreward.experiments.runner import read_jsonl
 from mechreward.features.gate import auc
+from mechreward.integrations.recording import read_jsonl
 
 DRAWS = 10_000
 

@@ -1,18 +1,15 @@
 """Carrying an experiment out: every arm with every seed, each run in a folder of its own, from which it can go on.
 
 A run's folder holds ``config.yaml`` (what decides the run), ``environment.json`` (what it ran on), ``metrics.jsonl``
-(TRL's log of each step), ``evaluations.jsonl``, ``samples.jsonl`` (every evaluated rollout), and at the end ``model/``
-and ``summary.json``.
+(TRL's log of each step), ``evaluations.jsonl``, ``samples.jsonl`` (every evaluated rollout), what the report shows
+(``recording.json``, ``trace.jsonl``), and at the end ``model/`` and ``summary.json``.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import importlib.metadata
-import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -20,6 +17,8 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +33,32 @@ from mechreward.experiments import arms, data
 from mechreward.experiments.config import ExperimentConfig, read_config
 from mechreward.extras import require
 from mechreward.features.catalog import load_pack
+from mechreward.integrations.recording import (
+    ENVIRONMENT,
+    METRICS,
+    TRACE,
+    append,
+    environment,
+    feature_rewards,
+    forget_after,
+    outcome_reward,
+    traced,
+    write,
+    write_json,
+)
 from mechreward.integrations.trl_grpo import STATE_FILE, MechRewardGRPOConfig, MechRewardGRPOTrainer
 from mechreward.pocket.questions import step_accuracy
 from mechreward.reward.feature_reward import FeatureReward
+from mechreward.reward.outcome import OutcomeReward
+from mechreward.rollout.batch import RolloutBatch
 from mechreward.rollout.hf import HFSource, sample
 from mechreward.schema import shown
 
+TRACED = 40
+"""Test rollouts that are kept with their readings at each evaluation."""
+
 Outfitter = Callable[[Any, str, int, Path], arms.Outfit]
 """(configuration, arm, seed, folder) -> what the run is trained with."""
-
-PACKAGES = ("mechreward", "torch", "transformers", "trl", "accelerate", "datasets", "peft", "math-verify")
 
 
 # -- one run ----------------------------------------------------------------------------------------------------------
@@ -87,6 +102,8 @@ def run(
     questions, test = data.load(config.data.train), test_questions(config, seed)
     _check_data(config, questions, test)
     watched, fitted = arms.watched(config), outfit(config, arm, seed, folder)
+    outcome = OutcomeReward(getattr(verifiers, config.verifier), gold_column="answer")
+    unknown = outcome_reward([fitted.reward, *fitted.monitors]) is None  # nothing says yet what is right
     claim(folder, decides)  # only now: what can't be loaded leaves no folder behind
     trainer = MechRewardGRPOTrainer(
         model=pocket.resolve(config.model),
@@ -94,7 +111,7 @@ def run(
         train_dataset=questions,
         reward_funcs=fitted.reward,
         guards=fitted.guards,
-        monitors=[*watched, *fitted.monitors],
+        monitors=[*watched, *fitted.monitors, *([outcome] if unknown else [])],
         peft_config=_lora(config),
     )
     trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
@@ -102,12 +119,12 @@ def run(
     _forget_after(folder, -1 if checkpoint is None else _step_of(checkpoint))
     recorder = Recorder(folder, f"{arm}, seed {seed}", config, trainer, test, watched, tell)
     trainer.add_callback(recorder)
-    _write_json(folder / "environment.json", environment())
+    write_json(folder / ENVIRONMENT, environment())
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if trainer.state.global_step != config.training.max_steps:
         raise RewardError(f"{folder} stopped after {trainer.state.global_step} steps: start it again to go on.")
     trainer.save_model(str(folder / "model"))
-    _write_json(folder / "summary.json", {"steps": trainer.state.global_step, **recorder.last})
+    write_json(folder / "summary.json", {"steps": trainer.state.global_step, **recorder.last})
     for leftover in folder.glob("checkpoint-*"):
         shutil.rmtree(leftover)
     return folder
@@ -146,7 +163,7 @@ def claim(folder: Path, decides: dict[str, Any]) -> None:
         if folder.exists() and any(folder.iterdir()):
             raise ConfigError(f"{folder} holds files but no config.yaml: empty it, or choose another `output`.")
         folder.mkdir(parents=True, exist_ok=True)
-        _write(file, yaml.safe_dump(decides, sort_keys=False))
+        write(file, yaml.safe_dump(decides, sort_keys=False))
         return
     try:
         there = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -224,53 +241,8 @@ def _step_of(checkpoint: Path) -> int:
 
 def _forget_after(folder: Path, step: int) -> None:
     """Drop what was recorded after a step: it is about to be computed again."""
-    for name in ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl", arms.ROLLOUTS):
-        file = folder / name
-        if not file.exists():
-            continue
-        kept = [r for r in read_jsonl(file) if r["step"] <= step]
-        _write(file, "".join(json.dumps(r) + "\n" for r in kept))
-
-
-def read_jsonl(file: Path) -> list[dict[str, Any]]:
-    """The records of a JSONL file; a last line that was cut off is left out."""
-    records = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records
-
-
-def _write(file: Path, text: str) -> None:
-    """All or nothing: a file that is there counts as finished."""
-    unfinished = file.with_suffix(".part")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(file)
-
-
-def _write_json(file: Path, content: dict[str, Any]) -> None:
-    _write(file, json.dumps(content, indent=2) + "\n")
-
-
-def environment() -> dict[str, Any]:
-    """What the run ran on; no names of machines or people."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
-    return {
-        "python": platform.python_version(),
-        "packages": {name: importlib.metadata.version(name) for name in PACKAGES if _installed(name)},
-        "device": device,
-        "threads": torch.get_num_threads(),
-        "system": platform.system(),
-    }
-
-
-def _installed(name: str) -> bool:
-    try:
-        return bool(importlib.metadata.version(name))
-    except importlib.metadata.PackageNotFoundError:
-        return False
+    for name in (METRICS, TRACE, "evaluations.jsonl", "samples.jsonl", arms.ROLLOUTS):
+        forget_after(folder / name, step)
 
 
 # -- what is recorded -------------------------------------------------------------------------------------------------
@@ -293,35 +265,29 @@ class Recorder(transformers.TrainerCallback):
         self.test, self.watched, self.tell = test, watched, tell
         self.last: dict[str, Any] = {}
         self.began = time.monotonic()
-        self.step_began = 0.0
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.global_step == 0:
             self.evaluate(0)
         self.began, self.first = time.monotonic(), state.global_step
 
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.step_began = time.monotonic()
-
     def on_step_end(self, args, state, control, **kwargs):
-        self.seconds = time.monotonic() - self.step_began
         done = state.global_step
         if done % self.config.evaluation.every == 0 or done == state.max_steps:
             self.evaluate(done)
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if logs and "reward" in logs:
-            self._append("metrics.jsonl", [{"step": state.global_step, **logs, "seconds": self.seconds}])
-
     def evaluate(self, step: int) -> None:
         """Sample on the test questions, and greedily too at the end."""
         model, tokenizer = self._model(), self.trainer.processing_class
-        rows, figures = evaluate(model, tokenizer, self.test, self.config, self.watched, self.trainer.args.seed)
+        look = partial(self.trace, step)
+        rows, figures = evaluate(
+            model, tokenizer, self.test, self.config, self.watched, self.trainer.args.seed, look=look
+        )
         if step == self.config.training.max_steps:
             _, greedy = evaluate(model, tokenizer, self.test, self.config, [], seed=0, do_sample=False)
             figures["greedy_accuracy"] = greedy["accuracy"]
-        self._append("samples.jsonl", [{"step": step, **row} for row in rows])
-        self._append("evaluations.jsonl", [{"step": step, **figures}])
+        append(self.folder / "samples.jsonl", [{"step": step, **row} for row in rows])
+        append(self.folder / "evaluations.jsonl", [{"step": step, **figures}])
         self.last = figures
         self.tell(f"{self.name}, step {step:>3}: {figures['accuracy']:.3f} right{self._time_left(step)}")
 
@@ -335,9 +301,17 @@ class Recorder(transformers.TrainerCallback):
     def _model(self) -> Any:
         return self.trainer.accelerator.unwrap_model(self.trainer.model)
 
-    def _append(self, name: str, records: list[dict[str, Any]]) -> None:
-        with (self.folder / name).open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(record) + "\n" for record in records)
+    def trace(self, step: int, batch: RolloutBatch) -> None:
+        """Keep some test rollouts for the report, of the same questions each time, with what was read on them."""
+        batch = replace(batch, columns={"answer": self.test["answer"]})
+        rows = np.linspace(0, len(batch) - 1, min(TRACED, len(batch))).round().astype(int).tolist()
+        tokenizer, rewards = self.trainer.processing_class, feature_rewards(self.watched)
+        requests = [reward.request for reward in rewards.values()]
+        readings = HFSource(self._model(), tokenizer).read(few := batch.take(rows), requests)
+        outcome = OutcomeReward(getattr(verifiers, self.config.verifier), gold_column="answer")
+        records = traced(few, range(len(few)), tokenizer, rewards, readings, outcome)
+        where = [{"step": step, "set": "test", "row": row} for row in rows]
+        append(self.folder / TRACE, [{**w, **record} for w, record in zip(where, records, strict=True)])
 
 
 def evaluate(
@@ -348,10 +322,12 @@ def evaluate(
     watched: Sequence[FeatureReward],
     seed: int,
     do_sample: bool = True,
+    look: Callable[[RolloutBatch], None] | None = None,
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """One rollout for each test question.
 
     The seed is the same at every step and in every arm, and training's own random numbers are left as they were.
+    ``look`` is shown the rollouts.
 
     Returns:
         A record for each rollout (question's number, completion, right, tokens, ended, readings, and where steps can be
@@ -368,6 +344,8 @@ def evaluate(
             config.evaluation.batch_size,
             **{**arms.sampling(config), **({} if do_sample else {"do_sample": False, "temperature": None})},
         )
+    if look is not None:
+        look(batch)
     readings = {
         reward.__name__: reward(
             batch.prompts, batch.completions, batch.completion_ids, source=HFSource(model, tokenizer)

@@ -417,7 +417,7 @@ class _Latent:
 
 def _readable(window: _Window, decode: Decode) -> Example:
     return Example(
-        tokens=tuple(_token_texts(decode, window.ids)),
+        tokens=tuple(token_texts(decode, window.ids)),
         token_ids=tuple(window.ids),
         activations=window.activations,
         read=window.read,
@@ -427,7 +427,7 @@ def _readable(window: _Window, decode: Decode) -> Example:
     )
 
 
-def _token_texts(decode: Decode, ids: Sequence[int]) -> list[str]:
+def token_texts(decode: Decode, ids: Sequence[int]) -> list[str]:
     """The text of each token, with the space that it stands for: some tokenizers drop it from a token on its own."""
     texts = [decode((token,)) for token in ids]
     for place, pair in enumerate(itertools.pairwise(ids), start=1):

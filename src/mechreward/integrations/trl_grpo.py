@@ -30,6 +30,7 @@ from mechreward.hacking.monitor import (
     untouched_randomness,
 )
 from mechreward.hacking.regularization import adapted, check_options, scheduled
+from mechreward.integrations.recording import Recording, Scored
 from mechreward.readout import Readings, Readout, ReadoutBank, Request
 from mechreward.reward.base import Dense, Reward, Scores
 from mechreward.reward.composition import warn_if_weight_cancels
@@ -94,6 +95,9 @@ class MechRewardGRPOConfig(GRPOConfig):
         vllm_backend: How rollouts are read where vLLM generates them (``use_vllm=True``): ``"aux"``, ``"hook"``,
             ``"second_pass"`` or ``"forward"`` (the trainer's own passes); by default the first that works. See
             `mechreward.rollout.vllm`.
+        record: Rollouts to write into the output folder with what was read on them, spread evenly over the training,
+            for ``mechreward report``; 0 writes the figures alone, None nothing. See
+            `mechreward.integrations.recording`.
 
     Raises:
         ConfigError: A coefficient, target or floor that cannot be.
@@ -105,6 +109,7 @@ class MechRewardGRPOConfig(GRPOConfig):
     entropy_floor: float | None = field(default=None, metadata={"help": "Entropy, nats a token, to keep above."})
     repetition_guard: bool = field(default=True, metadata={"help": "Run the repetition detector by default."})
     vllm_backend: str | None = field(default=None, metadata={"help": "How vLLM's rollouts are read."})
+    record: int | None = field(default=500, metadata={"help": "Rollouts to record for the report."})
 
     def __post_init__(self):
         check_options(self)
@@ -139,6 +144,8 @@ class _Step:
     dense: list[tuple[Reward, Dense]] = field(default_factory=list)
     dropped: Tensor | None = None
     generation: GenerationReader | None = None
+    scored: list[Scored] = field(default_factory=list)
+    rewards: Tensor | None = None
 
 
 class MechRewardGRPOTrainer(GRPOTrainer):
@@ -208,6 +215,10 @@ class MechRewardGRPOTrainer(GRPOTrainer):
         self._banks = group_requests(self._requests(), self._watched_alone())
         self._check(came_with_adapter)
         self.add_callback(_BetweenSteps(self))
+        most = getattr(args, "record", None)
+        self._recording = None if most is None else Recording(self, most)
+        if self._recording is not None:
+            self.add_callback(self._recording)
         self._policy_tap = self._install(self.model, "policy")
         self._reference_tap = self._install(self.ref_model, "reference") if self.ref_model is not None else None
         if self._engine is not None:
@@ -371,8 +382,14 @@ class MechRewardGRPOTrainer(GRPOTrainer):
             raise
         finally:
             self._scoring = False
+        self._record(output["advantages"])
         output["advantages"] = self._dense_advantages(output["advantages"], output["completion_ids"].shape[1])
         return output
+
+    def _record(self, advantages: Tensor) -> None:
+        step = self._step_state
+        if self._recording is not None and step.batch is not None and step.batch.training and step.rewards is not None:
+            self._recording.rollouts(step.batch, step.read, step.scored, step.rewards, advantages)
 
     def _generate(self, prompts: list):
         bank = self._bank("policy", "generation")
@@ -496,6 +513,7 @@ class MechRewardGRPOTrainer(GRPOTrainer):
         if step.dropped is not None:
             everyone = self.accelerator.gather(step.dropped.to(rewards.device))
             rewards = rewards.masked_fill(everyone[:, None], torch.nan)  # type: ignore[index]
+        step.rewards = rewards
         return rewards
 
     @contextmanager
@@ -603,6 +621,8 @@ class MechRewardGRPOTrainer(GRPOTrainer):
                 self._log_metric(f"guards/{name}", rate)
             self._log_completion_extra("flags", ["; ".join(said) for said in batch.flags])
         self._log_metric("mechreward/hook_seconds", self.hook_seconds)
+        held = sum(read.values.numel() * read.values.element_size() for read in self._step_state.read.values())
+        self._log_metric("mechreward/reading_bytes", float(held))
         self.hook_seconds = 0.0
 
     def _dense_advantages(self, advantages: Tensor, width: int) -> Tensor:
@@ -759,6 +779,7 @@ class _TappedSource:
 
     def accept(self, reward: Reward, batch: RolloutBatch, scores: Scores) -> None:
         step = self.trainer._step_state
+        step.scored.append(Scored(reward.__name__, batch, scores))
         step.dense += [(reward, part) for part in scores.dense]
         if batch.dropped is not None:
             step.dropped = batch.dropped if step.dropped is None else step.dropped | batch.dropped

@@ -48,6 +48,9 @@ class FeatureReward(Reward):
         read_last: Also read the final sampled token (costs a forward pass).
         name: What it is called in logs.
 
+    Attributes:
+        pack: The pack that it pays for, where it was made from one.
+
     Raises:
         RewardError: Weights that are not finite or do not match the readout.
         ConfigError: An unknown option.
@@ -97,6 +100,7 @@ class FeatureReward(Reward):
         self.schedule = schedule
         self.calibration = calibration
         self.request = Request(readout, reads, read_last)
+        self.pack: FeaturePack | None = None
 
     @classmethod
     def from_pack(
@@ -158,7 +162,7 @@ class FeatureReward(Reward):
         if pack.evidence is not None and chosen != pack.evidence.aggregation:
             measured = pack.evidence.aggregation
             logger.warning("The evidence of %s was measured with %s, not %s.", pack.name, measured, chosen)
-        return cls(
+        reward = cls(
             readout=readout,
             weights=[f.weight for f in pack.features],
             aggregation=chosen,
@@ -167,6 +171,8 @@ class FeatureReward(Reward):
             schedule=schedule,
             calibration=pack.calibration,
         )
+        reward.pack = pack
+        return reward
 
     @property
     def requests(self) -> list[Request]:

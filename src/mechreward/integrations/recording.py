@@ -1,0 +1,383 @@
+"""What a training leaves behind for the report: figures of every step, and some rollouts with what was read on them.
+
+In the output folder: ``recording.json`` (which readouts, the packs that they come from, what the run was started with),
+``environment.json``, ``metrics.jsonl`` (a line for each log) and ``trace.jsonl`` (a line for each recorded rollout).
+Nothing here draws a random number or touches a model: with and without it, the same seed gives the same weights.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import json
+import logging
+import math
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+from mechreward.features.examples import token_texts
+from mechreward.hacking.detectors import all_within
+from mechreward.readout import Readings, Request
+from mechreward.reward.base import Scores
+from mechreward.reward.feature_reward import FeatureReward
+from mechreward.reward.outcome import GOLD_COLUMNS, OutcomeReward
+from mechreward.rollout.batch import RolloutBatch, plain_text
+
+logger = logging.getLogger(__name__)
+
+RECORDING, METRICS, TRACE = "recording.json", "metrics.jsonl", "trace.jsonl"
+ENVIRONMENT = "environment.json"
+
+COLUMNS = 32
+"""Columns of a readout that are recorded: those with the largest weights."""
+
+TOKENS = 1024
+"""Tokens of a rollout that are recorded; what follows is counted."""
+
+PACKAGES = ("mechreward", "torch", "transformers", "trl", "accelerate", "datasets", "peft", "math-verify")
+
+
+# -- files ---------------------------------------------------------------------------------------------------------
+
+
+def read_jsonl(file: Path) -> list[dict[str, Any]]:
+    """The records of a JSONL file; a last line that was cut off is left out."""
+    records = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def append(file: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    with file.open("a", encoding="utf-8") as lines:
+        lines.writelines(json.dumps(record) + "\n" for record in records)
+
+
+def write(file: Path, text: str) -> None:
+    """All or nothing: a file that is there counts as finished."""
+    unfinished = file.with_suffix(".part")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(file)
+
+
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
+    write(file, json.dumps(content, indent=2) + "\n")
+
+
+def forget_after(file: Path, step: int) -> None:
+    """Drop what was recorded after a step: it is about to be computed again."""
+    if file.exists():
+        write(file, "".join(json.dumps(r) + "\n" for r in read_jsonl(file) if r["step"] <= step))
+
+
+def environment() -> dict[str, Any]:
+    """What the run ran on; no names of machines or people."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    return {
+        "python": platform.python_version(),
+        "packages": {name: importlib.metadata.version(name) for name in PACKAGES if _installed(name)},
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "system": platform.system(),
+    }
+
+
+def _installed(name: str) -> bool:
+    try:
+        return bool(importlib.metadata.version(name))
+    except importlib.metadata.PackageNotFoundError:
+        return False
+
+
+def peak_memory() -> tuple[str, int] | None:
+    """The most memory that was held so far, in bytes, and whose: a GPU's tensors, or this whole process's."""
+    if torch.cuda.is_available():
+        return "GPU, tensors", torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return "whole process", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+# -- rollouts with their readings --------------------------------------------------------------------------------------
+
+
+def _held_by(parts: Sequence[Any]) -> Iterator[Any]:
+    """Rewards, guards and monitors, what they are made of, and what they keep to measure with."""
+    for part in all_within(parts):
+        yield part
+        yield from getattr(part, "__dict__", {}).values()
+
+
+def feature_rewards(parts: Sequence[Any]) -> dict[str, FeatureReward]:
+    """Every feature reward among rewards, guards and monitors, by the name that the report calls it.
+
+    That is its pack's name where it has one: what an arm is rewarded for and another only watches is the same reading.
+    """
+    found: dict[str, FeatureReward] = {}
+    for reward in _held_by(parts):
+        if isinstance(reward, FeatureReward):
+            name = reward.__name__ if reward.pack is None else reward.pack.name
+            found.setdefault(name + (" on the reference" if reward.request.reads == "reference" else ""), reward)
+    return found
+
+
+def outcome_reward(parts: Sequence[Any]) -> OutcomeReward | None:
+    """Who among them knows what is right."""
+    return next((part for part in _held_by(parts) if isinstance(part, OutcomeReward)), None)
+
+
+def columns(reward: FeatureReward) -> list[int]:
+    """The recorded columns of its readout, at most :data:`COLUMNS`."""
+    order = reward.weights.abs().argsort(descending=True, stable=True)
+    return sorted(order[:COLUMNS].tolist())
+
+
+def described(rewards: Mapping[str, FeatureReward]) -> dict[str, Any]:
+    """What the readouts are, and the packs that they come from, for ``recording.json``."""
+    readouts = {
+        name: {
+            "labels": [reward.readout.labels[k] for k in columns(reward)],
+            "weights": [round(float(reward.weights[k]), 6) for k in columns(reward)],
+            "width": reward.readout.width,
+            "hook_point": str(reward.readout.hook_point),
+            "reads": reward.request.reads,
+            "aggregation": reward.aggregation,
+            "pack": None if reward.pack is None else reward.pack.name,
+        }
+        for name, reward in rewards.items()
+    }
+    packs = {r.pack.name: r.pack.model_dump(mode="json") for r in rewards.values() if r.pack is not None}
+    return {"readouts": readouts, "packs": packs}
+
+
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """What a reward function made of a batch: the batch as its own guards left it, and the scores."""
+
+    name: str
+    batch: RolloutBatch
+    scores: Scores
+
+
+def traced(
+    batch: RolloutBatch,
+    rows: Sequence[int],
+    tokenizer: Any,
+    rewards: Mapping[str, FeatureReward],
+    readings: Mapping[Request, Readings],
+    outcome: OutcomeReward | None = None,
+) -> list[dict[str, Any]]:
+    """Rollouts of a batch as they are recorded.
+
+    Args:
+        batch: The rollouts, with the gold answers among their columns.
+        rows: Which of them.
+        tokenizer: For the tokens' texts.
+        rewards: The feature rewards whose readings are recorded, from :func:`feature_rewards`.
+        readings: For each of their requests.
+        outcome: Who says what is right; without it, ``right`` is None.
+
+    Returns:
+        A record for each: prompt, gold, right (None if unknown), tokens, how many more there were, which tokens were
+        not read, and for each feature reward its r_t (``score``, one a token) and its columns' values where they are
+        not 0, ``{label: [tokens, values]}``, all to four significant digits.
+    """
+    decode = functools.lru_cache(None)(
+        lambda ids: tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    )
+    verdicts = [math.nan] * len(batch) if outcome is None else outcome.score(batch, {}).values.tolist()
+    gold = _gold(batch, outcome)
+    scores = {name: reward.raw(readings[reward.request]).cpu() for name, reward in rewards.items()}
+    records = []
+    for i in rows:
+        length = min(len(batch.completion_ids[i]), TOKENS)
+        read = {}
+        mask = np.zeros(length, dtype=bool)
+        for name, reward in rewards.items():
+            mask |= (of := readings[reward.request]).mask[i, :length].cpu().numpy()
+            read[name] = {
+                "score": _rounded(scores[name][i, :length].where(of.mask[i, :length].cpu(), torch.nan)),
+                "features": _sparse(of.values[i, :length].cpu(), reward),
+            }
+        records.append(
+            {
+                "prompt": plain_text(batch.prompts[i]),
+                "gold": None if gold[i] is None else str(gold[i]),
+                "right": None if math.isnan(verdicts[i]) else verdicts[i] > 0.5,
+                "tokens": token_texts(decode, batch.completion_ids[i][:length]),
+                "more": len(batch.completion_ids[i]) - length,
+                "unread": np.flatnonzero(~mask).tolist(),
+                "readings": read,
+            }
+        )
+    return records
+
+
+def _gold(batch: RolloutBatch, outcome: OutcomeReward | None) -> Sequence[Any]:
+    wanted = GOLD_COLUMNS if outcome is None or outcome.gold_column is None else (outcome.gold_column,)
+    there = next((name for name in wanted if name in batch.columns), None)
+    return [None] * len(batch) if there is None else batch.columns[there]
+
+
+def _sparse(values: Tensor, reward: FeatureReward) -> dict[str, list[list[float]]]:
+    """Where each recorded column is not 0, and what it is there."""
+    found = {}
+    for k in columns(reward):
+        where = values[:, k].nonzero().flatten()
+        if len(where):
+            found[reward.readout.labels[k]] = [where.tolist(), _rounded(values[where, k])]
+    return found
+
+
+def _rounded(values: Tensor) -> list[float | None]:
+    return [float(f"{value:.4g}") if math.isfinite(value) else None for value in values.tolist()]
+
+
+# -- in a trainer ------------------------------------------------------------------------------------------------------
+
+
+class Recording(TrainerCallback):
+    """Writes a training's figures at every log, and so many of its rollouts, spread evenly over the steps.
+
+    What goes wrong here ends the recording, never the training.
+
+    Args:
+        trainer: Whose training.
+        most: Rollouts that are recorded over the whole training; 0 records figures alone.
+    """
+
+    def __init__(self, trainer: Any, most: int):
+        self.trainer, self.most, self.left = trainer, most, most
+        self.folder = Path(trainer.args.output_dir)
+        parts = [*trainer.reward_funcs, *trainer.guards, *trainer.monitors]
+        self.rewards = feature_rewards(parts)
+        self.outcome = outcome_reward(parts)
+        self.step_began = self.seconds = self.recording = 0.0
+        self.broken = False
+
+    def _safely(self, act: Callable[[], None]) -> None:
+        if self.broken or not self.trainer.accelerator.is_main_process:
+            return
+        try:
+            act()
+        except Exception as error:
+            self.broken = True
+            logger.warning("Nothing more is recorded in %s: %s: %s.", self.folder, type(error).__name__, error)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._safely(lambda: self._begin(args, state))
+
+    def _begin(self, args: Any, state: Any) -> None:
+        """Go on after the checkpoint's step, or begin anew."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for name in (METRICS, TRACE):
+            forget_after(self.folder / name, state.global_step)
+        trace = self.folder / TRACE
+        there = read_jsonl(trace) if trace.exists() else []
+        self.left = self.most - sum(record["set"] == "training" for record in there)
+        if not (self.folder / ENVIRONMENT).exists() or state.global_step == 0:
+            write_json(self.folder / ENVIRONMENT, environment())
+        memory = peak_memory()
+        about = {
+            "model": str(self.trainer.model.config._name_or_path),
+            "seed": args.seed,
+            "max_steps": state.max_steps,
+            "reward_weights": dict(
+                zip(self.trainer.reward_func_names, self.trainer.reward_weights.tolist(), strict=True)
+            ),
+            "memory": None if memory is None else memory[0],
+        }
+        write_json(self.folder / RECORDING, {**about, **described(self.rewards)})
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.step_began = time.monotonic()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.seconds = time.monotonic() - self.step_began
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if logs and "reward" in logs:
+            memory = peak_memory()
+            more = {"seconds": self.seconds, **({} if memory is None else {"peak_memory_bytes": memory[1]})}
+            self._safely(lambda: append(self.folder / METRICS, [{"step": state.global_step, **logs, **more}]))
+
+    def rollouts(
+        self,
+        batch: RolloutBatch,
+        readings: Mapping[Request, Readings],
+        scored: Sequence[Scored],
+        rewards: Tensor,
+        advantages: Tensor,
+    ) -> None:
+        """Record some of a step's rollouts.
+
+        Args:
+            batch: This process's B rollouts, with the guards' verdicts.
+            readings: All of the step's.
+            scored: What each reward function of ours made of them.
+            rewards: ``[B x processes, reward functions]``, NaN where there is none.
+            advantages: ``[B]``, of the whole rollouts.
+        """
+        self._safely(lambda: self._rollouts(batch, readings, scored, rewards, advantages))
+
+    def _rollouts(self, batch, readings, scored, rewards, advantages) -> None:
+        began = time.perf_counter()
+        step, steps = self.trainer.state.global_step, self.trainer.state.max_steps
+        rows = self._chosen(step, steps, len(batch))
+        if not rows:
+            return
+        records = traced(batch, rows, self.trainer.processing_class, self.rewards, readings, self.outcome)
+        values = torch.stack([batch.local(column.cpu()) for column in rewards.T], dim=1)  # [B, reward functions]
+        total = (values * self.trainer.reward_weights.cpu()).nansum(dim=1)
+        total = total.masked_fill(values.isnan().all(dim=1), torch.nan)
+        for i, record in zip(rows, records, strict=True):
+            rewarded = zip(self.trainer.reward_func_names, values[i], strict=True)
+            parts = {f"{s.name}/{part}": v[i] for s in scored for part, v in s.scores.parts.items()}
+            record |= {
+                "reward": _number(total[i]),
+                "rewards": {name: _number(value) for name, value in rewarded},
+                "parts": {name: _number(value) for name, value in parts.items()},
+                "advantage": _number(advantages[i]),
+                **_guarded([batch, *(s.batch for s in scored)], i),
+            }
+        where = [{"step": step + 1, "set": "training", "row": i, "group": i // batch.num_generations} for i in rows]
+        append(self.folder / TRACE, [{**w, **record} for w, record in zip(where, records, strict=True)])
+        self.left -= len(rows)
+        self.trainer._log_metric("mechreward/recording_seconds", time.perf_counter() - began)
+
+    def _chosen(self, step: int, steps: int, count: int) -> list[int]:
+        """This step's rollouts to record: spread over the batch, and over the training."""
+        if step % max(1, math.ceil(steps / max(self.most, 1))) or self.left <= 0:
+            return []
+        wanted = min(count, self.left, max(1, self.most // max(steps, 1)))
+        return sorted(set(np.linspace(0, count - 1, wanted).round().astype(int).tolist()))
+
+
+def _guarded(batches: Sequence[RolloutBatch], i: int) -> dict[str, Any]:
+    """What the guards of the trainer and of each reward said of rollout i."""
+    said = [flag for batch in batches if batch.flags is not None for flag in batch.flags[i]]
+    return {
+        "trust": min([float(batch.trust[i]) for batch in batches if batch.trust is not None], default=1.0),
+        "flags": list(dict.fromkeys(said)),
+        "dropped": any(bool(batch.dropped[i]) for batch in batches if batch.dropped is not None),
+    }
+
+
+def _number(value: Any) -> float | None:
+    return float(f"{float(value):.6g}") if math.isfinite(value) else None
