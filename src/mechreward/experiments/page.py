@@ -75,22 +75,26 @@ def _pairs(report: Report) -> list[str]:
 
 def _verdicts(report: Report) -> list[str]:
     """A sentence on each arm; several comparisons are being made, and it says so."""
-    said = []
     compared = {name: arm["difference"]["right"] for name, arm in report["arms"].items() if "difference" in arm}
-    for name, d in compared.items():
-        if None in d["student"]:
-            said.append(f"- `{name}`: {d['mean']:+.3f} with one seed, of which no interval can be given.")
-            continue
-        lows, highs = zip(d["resampled"], d["student"], strict=True)
-        low, high = min(lows), max(highs)
-        if d["shown"]:
-            more = "more" if d["mean"] > 0 else "less"
-            said.append(f"- `{name}` is {more} accurate: {d['mean']:+.3f} ({low:+.3f} to {high:+.3f}).")
-        else:
-            said.append(
-                f"- `{name}`: no difference shown. Anything from {low:+.3f} to {high:+.3f} is compatible with the data."
-            )
+    said = [f"- {verdict(f'`{name}`', d)}" for name, d in compared.items()]
     return [f"Arms compared: {len(compared)}, without correction for their number.", "", *said]
+
+
+def verdict(name: str, d: dict[str, Any]) -> str:
+    """What a difference in accuracy (:meth:`results.Difference.report`, without infinities) allows one to say."""
+    if None in d["student"]:
+        return f"{name}: {d['mean']:+.3f} with one seed, of which no interval can be given."
+    low, high = widest(d)
+    if d["shown"]:
+        more = "more" if d["mean"] > 0 else "less"
+        return f"{name} is {more} accurate: {d['mean']:+.3f} ({low:+.3f} to {high:+.3f})."
+    return f"{name}: no difference shown. Anything from {low:+.3f} to {high:+.3f} is compatible with the data."
+
+
+def widest(d: dict[str, Any]) -> tuple[float, float]:
+    """The interval that holds both of a difference's intervals."""
+    lows, highs = zip(d["resampled"], d["student"], strict=True)
+    return min(lows), max(highs)
 
 
 def _details(report: Report) -> list[str]:

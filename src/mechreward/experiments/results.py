@@ -217,7 +217,7 @@ def compare(output: str | Path, baseline: str, target: float) -> dict[str, Any]:
     }
     others = itertools.combinations([arm for arm in reversed(order) if arm != baseline], 2)
     report["pairs"] = {f"{one} - {two}": _pair(runs[one], runs[two]) for one, two in others}
-    return _without_infinities(report)
+    return without_infinities(report)
 
 
 def _pair(one: list[Run], two: list[Run]) -> dict[str, Any]:
@@ -227,12 +227,12 @@ def _pair(one: list[Run], two: list[Run]) -> dict[str, Any]:
     return {"mean": float(np.mean(gaps)) if gaps else np.nan, "student": t_interval(gaps)}
 
 
-def _without_infinities(value: Any) -> Any:
+def without_infinities(value: Any) -> Any:
     """None in the place of what JSON can't hold: an interval from one seed, the AUC where all answers are right."""
     if isinstance(value, dict):
-        return {key: _without_infinities(entry) for key, entry in value.items()}
+        return {key: without_infinities(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_infinities(entry) for entry in value]
+        return [without_infinities(entry) for entry in value]
     return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
@@ -251,14 +251,14 @@ def _of_arm(
         "steps": runs[0].steps,
         "curves": {c: _curve(runs, c) for c in [*columns, "tokens", "ended", *watched]},
         "complete": [_complete(runs, step) for step in (0, -1)] if "right_steps" in columns else None,
-        "greedy_accuracy": _over_seeds([run.figures[-1]["greedy_accuracy"] for run in runs]),
+        "greedy_accuracy": over_seeds([run.figures[-1]["greedy_accuracy"] for run in runs]),
         "steps_to_target": {"per_seed": reached, "reached": len(there), "median": _median(reached)},
-        "kl": _over_seeds([_at(run, "last", "kl") for run in runs]),
-        "reward": {part: _over_seeds([_at(run, part) for run in runs]) for part in ("first", "last")},
+        "kl": over_seeds([_at(run, "last", "kl") for run in runs]),
+        "reward": {part: over_seeds([_at(run, part) for run in runs]) for part in ("first", "last")},
         "own_reading": _own_reading(runs),
         "flagged": float(np.mean([log["guards/flagged"] for run in runs for log in run.metrics])),
-        "our_share_of_time": _over_seeds([_our_share(run) for run in runs]),
-        "readings": {name: _reading(runs, name) for name in watched},
+        "our_share_of_time": over_seeds([_our_share(run) for run in runs]),
+        "readings": {name: reading_moved(runs, name) for name in watched},
     }
     if arm != baseline:
         report["difference"] = {c: difference(runs, base, c).report() for c in columns}
@@ -278,7 +278,7 @@ def _curve(runs: list[Run], column: str) -> dict[str, Any]:
     return {"mean": values.mean(axis=0).tolist(), "interval": intervals, "per_seed": values.tolist()}
 
 
-def _over_seeds(values: Sequence[float]) -> dict[str, Any]:
+def over_seeds(values: Sequence[float]) -> dict[str, Any]:
     """Mean, interval and each seed's own; a seed without a value is left out."""
     known = np.array([value for value in values if not np.isnan(value)])
     mean = float(known.mean()) if len(known) else np.nan
@@ -299,8 +299,8 @@ def _complete(runs: list[Run], step: int) -> dict[str, Any]:
     made = [run.rows[step]["right_steps"] == 1 for run in runs]
     right = [run.rows[step]["right"][of_run] for run, of_run in zip(runs, made, strict=True)]
     return {
-        "share": _over_seeds([float(of_run.mean()) for of_run in made]),
-        "right": _over_seeds([float(of_run.mean()) if len(of_run) else float("nan") for of_run in right]),
+        "share": over_seeds([float(of_run.mean()) for of_run in made]),
+        "right": over_seeds([float(of_run.mean()) if len(of_run) else float("nan") for of_run in right]),
     }
 
 
@@ -309,7 +309,7 @@ def _own_reading(runs: list[Run]) -> dict[str, Any] | None:
     key = "composite/features/raw"
     if key not in runs[0].metrics[0]:
         return None
-    return {part: _over_seeds([_at(run, part, key) for run in runs]) for part in ("first", "last")}
+    return {part: over_seeds([_at(run, part, key) for run in runs]) for part in ("first", "last")}
 
 
 def _our_share(run: Run) -> float:
@@ -317,7 +317,7 @@ def _our_share(run: Run) -> float:
     return float(np.sum(ours) / np.sum([log["seconds"] for log in run.metrics]))
 
 
-def _reading(runs: list[Run], name: str) -> dict[str, Any]:
+def reading_moved(runs: list[Run], name: str) -> dict[str, Any]:
     """How far a watched reading moved, and whether it still tells right from wrong.
 
     ``moved``: (mean at each step - mean at the start) / SD over the start's rollouts; ``auc``: of the reading for a
@@ -329,8 +329,8 @@ def _reading(runs: list[Run], name: str) -> dict[str, Any]:
         moved.append([(np.nanmean(rows[name]) - np.nanmean(start)) / np.nanstd(start) for rows in run.rows])
         areas.append([_auc(rows[name], rows["right"]) for rows in run.rows])
     return {
-        "moved": [_over_seeds(column) for column in np.array(moved).T],
-        "auc": [_over_seeds(column) for column in np.array(areas).T],
+        "moved": [over_seeds(column) for column in np.array(moved).T],
+        "auc": [over_seeds(column) for column in np.array(areas).T],
     }
 
 

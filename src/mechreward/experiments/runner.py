@@ -170,18 +170,18 @@ def claim(folder: Path, decides: dict[str, Any]) -> None:
     except (yaml.YAMLError, UnicodeDecodeError):
         raise ConfigError(f"{file} is damaged: delete that folder, or choose another `output`.") from None
     if there != decides:
-        key, old, new = _first_difference(there, decides)
+        key, old, new = first_difference(there, decides)
         raise ConfigError(
             f"{folder} holds a run of another configuration: {key} is {old!r} there and {new!r} here. Choose another "
             "`output`, or delete that folder."
         )
 
 
-def _first_difference(old: Any, new: Any, key: str = "") -> tuple[str, Any, Any]:
+def first_difference(old: Any, new: Any, key: str = "") -> tuple[str, Any, Any]:
     """Where two configurations first differ."""
     if isinstance(old, dict) and isinstance(new, dict):
         name = next(k for k in [*new, *old] if (k in old, old.get(k)) != (k in new, new.get(k)))
-        return _first_difference(old.get(name), new.get(name), f"{key}.{name}".lstrip("."))
+        return first_difference(old.get(name), new.get(name), f"{key}.{name}".lstrip("."))
     return key, old, new
 
 

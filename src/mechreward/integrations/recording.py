@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
+from mechreward import pocket
 from mechreward.features.examples import token_texts
 from mechreward.hacking.detectors import all_within
 from mechreward.readout import Readings, Request
@@ -295,7 +296,7 @@ class Recording(TrainerCallback):
             write_json(self.folder / ENVIRONMENT, environment())
         memory = peak_memory()
         about = {
-            "model": str(self.trainer.model.config._name_or_path),
+            "model": pocket.named(str(self.trainer.model.config._name_or_path)),
             "seed": args.seed,
             "max_steps": state.max_steps,
             "reward_weights": dict(

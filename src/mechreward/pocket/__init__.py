@@ -34,6 +34,11 @@ def resolve(model: str) -> str:
     return path() if model == MODEL_ID else model
 
 
+def named(model: str) -> str:
+    """The inverse: wherever the shipped model lies, it is ``mechreward/pocket``."""
+    return MODEL_ID if model == path() else model
+
+
 def dataset(
     split: Literal["train", "discovery", "gate", "test"] = "train",
     n: int = 1000,
