@@ -13,6 +13,7 @@ from mechreward.cli.find import discover, gate
 from mechreward.cli.packs import packs
 from mechreward.cli.probe import probe
 from mechreward.cli.redteam import redteam
+from mechreward.cli.report import report
 from mechreward.cli.serve import serve
 from mechreward.errors import MechRewardError
 
@@ -34,6 +35,7 @@ app = typer.Typer(cls=OneSentence, no_args_is_help=True, pretty_exceptions_enabl
 app.command()(discover)
 app.command()(gate)
 app.command()(redteam)
+app.command()(report)
 app.command()(serve)
 app.command()(doctor)
 app.add_typer(packs, name="packs")

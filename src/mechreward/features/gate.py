@@ -31,7 +31,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.stats import rankdata
 
 from mechreward.errors import PackError
-from mechreward.features.pack import Evidence, FormatChange, GateTest, Injection, Interval
+from mechreward.features.pack import Bin, Evidence, FormatChange, GateTest, Injection, Interval
 
 AUC_LOW = 0.70  # lower end of the AUC's interval must lie above
 SPEARMAN_LOW = 0.30  # lower end of Spearman's interval must reach
@@ -435,6 +435,7 @@ def gate(
         formats=formats,
         surprise=surprise,
         without=without,
+        curve=_curve(reading, positive),
         verdict=tests,
         **figures,
     )
@@ -589,6 +590,16 @@ def _members(groups: NDArray) -> list[NDArray[np.int64]]:
     return np.split(np.argsort(inverse, kind="stable"), np.cumsum(counts)[:-1])
 
 
+def _curve(reading: Floats, positive: NDArray[np.bool_], bins: int = 10) -> list[Bin]:
+    """The share with the behaviour by tenths of the reading."""
+    parts = np.array_split(np.argsort(reading, kind="stable"), bins)
+    return [
+        Bin(reading=float(reading[rows].mean()), n=len(rows), share=float(positive[rows].mean()))
+        for rows in parts
+        if len(rows)
+    ]
+
+
 def _null_figures(rho: float, null: Floats, noise_null: Floats | None) -> dict[str, Any]:
     """The evidence's fields about the permutation null."""
     return {
@@ -597,6 +608,7 @@ def _null_figures(rho: float, null: Floats, noise_null: Floats | None) -> dict[s
         "null_auc_q95": float(np.quantile(null[:, 1], 0.95)),
         "p_value": (1 + int((null[:, 0] >= rho).sum())) / (1 + len(null)),
         "draws": len(null),
+        "null_spearman": [round(float(rho), 4) for rho in np.sort(null[:, 0])],
         "noise_spearman_q95": None if noise_null is None else float(np.quantile(noise_null[:, 0], 0.95)),
     }
 

@@ -95,6 +95,14 @@ class FormatChange(Strict):
     rise: Interval
 
 
+class Bin(Strict):
+    """Rollouts of neighbouring readings: their mean reading, how many they are, and the share with the behaviour."""
+
+    reading: float
+    n: Count
+    share: Share
+
+
 class Evidence(Strict):
     """What was measured on held-out rollouts, and the verdict.
 
@@ -111,6 +119,8 @@ class Evidence(Strict):
         null_auc_q95: The same percentile for AUC (each draw's AUC counted in the direction that is above .5).
         p_value: (1 + draws at least as large as the observed Spearman) / (1 + draws).
         draws: Draws of the permutation null.
+        null_spearman: \\|Spearman| of each draw; ``None`` in packs gated before it was kept.
+        curve: How the share with the behaviour rises with the reading: bins of equal size, lowest first; likewise.
         noise_spearman_q95: The 95th percentile of the milder null that permutes the gate's labels too; ``None`` when
             it was not measured.
         auc_within_careful: AUC among the rollouts answered the careful way, or ``None`` without such a notion.
@@ -139,6 +149,8 @@ class Evidence(Strict):
     null_auc_q95: Share
     p_value: Share
     draws: Count
+    null_spearman: list[float] | None = None
+    curve: list[Bin] | None = None
     noise_spearman_q95: float | None = None
     auc_within_careful: Interval | None = None
     n_within_careful: Count | None = None

@@ -42,6 +42,14 @@ LABELS = {
     "peak_memory_bytes": "most memory held so far (bytes)",
 }
 
+COST = {
+    "reading, guards, monitors": r"mechreward/hook_seconds",
+    "scoring": r"[^/]+/seconds",
+    "verifiers": r".*verifier_seconds",
+    "recording for this report": r"mechreward/recording_seconds",
+}
+"""Where a step's time goes beside the training itself, by patterns of what is logged."""
+
 SKIPPED = ("step", "epoch", "question", "number")
 
 
@@ -129,12 +137,7 @@ def cost(folders: Sequence[Folder]) -> list[dict[str, Any]]:
         if not logs:
             rows.append({"arm": arm, "steps": 0})
             continue
-        parts = {
-            "reading, guards, monitors": _sum(logs, r"mechreward/hook_seconds"),
-            "scoring": _sum(logs, r"[^/]+/seconds"),
-            "verifiers": _sum(logs, r".*verifier_seconds"),
-            "recording for this report": _sum(logs, r"mechreward/recording_seconds"),
-        }
+        parts = {name: _sum(logs, pattern) for name, pattern in COST.items()}
         whole = float(np.mean([log["seconds"] for log in logs]))
         peaks = [log["peak_memory_bytes"] for log in logs if "peak_memory_bytes" in log]
         held = [log["mechreward/reading_bytes"] for log in logs if "mechreward/reading_bytes" in log]

@@ -64,6 +64,25 @@ class Folder:
         return _json(self.path / ENVIRONMENT)
 
     @property
+    def shown_path(self) -> str:
+        """The end of its path: where somebody keeps their files is nobody else's business."""
+        return "/".join(self.path.parts[-3:] if self.config else self.path.parts[-1:])
+
+    @property
+    def settings(self) -> list[tuple[str, str]]:
+        """What decided the run, and what it ran on, as far as it is known."""
+        training = self.config.get("training") or {k: self.recording[k] for k in ("max_steps",) if k in self.recording}
+        packages = self.environment.get("packages", {})
+        shown = {
+            "arm": json.dumps(self.config["arm"]) if "arm" in self.config else None,
+            **{key.replace("_", " "): str(value) for key, value in training.items()},
+            "verifier": self.config.get("verifier"),
+            "device": self.environment.get("device"),
+            "packages": ", ".join(f"{name} {version}" for name, version in packages.items()),
+        }
+        return [(key, str(value)) for key, value in shown.items() if value not in (None, "")]
+
+    @property
     def last_step(self) -> int:
         return int(self.metrics[-1]["step"]) if self.metrics else 0
 
@@ -77,6 +96,12 @@ class Folder:
             except (MechRewardError, ValidationError):
                 continue
         return found
+
+    @property
+    def pack_names(self) -> list[str]:
+        """The packs that it, or its experiment's configuration, names."""
+        recorded = self.recording.get("packs")
+        return self._named() if recorded is None else list(recorded)
 
     def _named(self) -> list[str]:
         rewarded = (self.config.get("arm") or {}).get("features") or {}
