@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-slow test-engines test-vllm test-verl lint pocket clean
+.PHONY: demo test test-slow test-browser test-engines test-vllm test-verl lint pocket clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python scripts/demo.py
@@ -14,6 +14,10 @@ test: $(VENV)/.dev
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -n auto --dist loadfile -m 'slow and not engine'
+
+# The report in Chromium, which the system brings: apt-get install chromium.
+test-browser: $(VENV)/.dev
+	$(BIN)/python -m pytest -m browser tests/test_report_page.py
 
 # Real vLLM, OpenRLHF's own client and whole verl runs, in environments of their own, made once and kept. A process for
 # each file: what vLLM imports for one engine can keep it from building another.

@@ -126,9 +126,9 @@ def _gained(runs: Sequence[Run]) -> Difference:
 
 
 def _training(runs: Sequence[Folder]) -> dict[str, Any]:
-    """Mean over seeds of what was logged at the start and at the end."""
+    """Mean over seeds of what was logged at the start and at the end; None for what was not."""
     wanted = {"reward": "reward", "kl": "kl", "length": "completions/mean_length", "flagged": "guards/flagged"}
-    found = {}
+    found: dict[str, Any] = dict.fromkeys(wanted)
     for name, key in wanted.items():
         ends = []
         for part in (slice(None, ENDS), slice(-ENDS, None)):

@@ -60,10 +60,17 @@ def curves(folders: Sequence[Folder]) -> list[dict[str, Any]]:
     """
     arms = {arm: [_logged(run) for run in runs] for arm, runs in by_arm(folders).items()}
     keys = list(dict.fromkeys(key for runs in arms.values() for run in runs for key in run))
+    single = len([key for key in keys if re.fullmatch(r"rewards/.*/mean", key)]) == 1  # it is the reward itself
+    keys = [key for key in keys if not (single and re.fullmatch(r"rewards/.*/(mean|std)", key))]
     grouped: dict[str, list[dict[str, Any]]] = {group: [] for group in GROUPS}
     for key in keys:
         series = {arm: _over_seeds([run[key] for run in runs if key in run]) for arm, runs in arms.items()}
-        chart = {"key": key, "label": label(key), "arms": {arm: s for arm, s in series.items() if s["steps"]}}
+        chart = {
+            "key": key,
+            "label": label(key),
+            "explained": label(key).replace(" ", "") != key.replace("_", ""),
+            "arms": {arm: s for arm, s in series.items() if s["steps"]},
+        }
         if chart["arms"]:
             grouped[_group(key)].append(chart)
     return [{"group": group, "charts": _ordered(group, charts)} for group, charts in grouped.items() if charts]

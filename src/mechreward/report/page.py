@@ -8,13 +8,14 @@ a tag; a content security policy lets no other script run than the page's own an
 from __future__ import annotations
 
 import base64
+import functools
 import gzip
 import hashlib
 import json
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 
@@ -43,11 +44,8 @@ def page(folders: Sequence[Folder], baseline: str | None = None, most: int = 200
         ConfigError: There is no such arm.
         MissingExtraError: plotly is not installed.
     """
-    require("plotly", "report")
-    from plotly.offline import get_plotlyjs
-
+    plotly, script = _plotly(), (HERE / "page.js").read_text(encoding="utf-8")
     comparison, packs = compare(folders, baseline), _packs(folders)
-    plotly, script = get_plotlyjs(), (HERE / "page.js").read_text(encoding="utf-8")
     shown = rollouts(folders, most)
     data = {
         "baseline": comparison["baseline"],
@@ -81,10 +79,24 @@ def page(folders: Sequence[Folder], baseline: str | None = None, most: int = 200
         runs=folders,
         style=jinja2.filters.do_mark_safe((HERE / "page.css").read_text(encoding="utf-8")),
         script=jinja2.filters.do_mark_safe(script),
-        hashes=jinja2.filters.do_mark_safe(" ".join(map(_hash, (script, plotly)))),
+        hashes=jinja2.filters.do_mark_safe(" ".join([_hash(script), plotly.hash])),
         data=packed(json.dumps(finite(data), separators=(",", ":"), ensure_ascii=False, allow_nan=False)),
-        plotly=packed(plotly),
+        plotly=plotly.packed,
     )
+
+
+class _Script(NamedTuple):
+    packed: str
+    hash: str
+
+
+@functools.cache
+def _plotly() -> _Script:
+    """The script that draws charts, from the plotly package."""
+    require("plotly", "report")
+    from plotly.offline import get_plotlyjs
+
+    return _Script(packed(script := get_plotlyjs()), _hash(script))
 
 
 def packed(text: str) -> str:
