@@ -13,6 +13,7 @@ from mechreward.integrations import recording
 from mechreward.integrations.recording import read_jsonl
 from mechreward.integrations.trl_grpo import MechRewardGRPOConfig, MechRewardGRPOTrainer
 from mechreward.reward.base import Reward, Scores
+from mechreward.reward.guards import Verdict
 from test_trl import options
 
 
@@ -37,7 +38,7 @@ class Suspicious:
     def __call__(self, batch, readings):
         second = torch.arange(len(batch)) % batch.num_generations == 1
         flags = [["second: it <b>is</b> the second"] if row else [] for row in second]
-        return mr.hacking.detectors.Verdict(torch.where(second, 0.25, 1.0), torch.zeros_like(second), flags)
+        return Verdict(torch.where(second, 0.25, 1.0), torch.zeros_like(second), flags)
 
 
 def train(folder, **changes):

@@ -27,10 +27,10 @@ from transformers import TrainerCallback
 
 from mechreward import pocket
 from mechreward.features.examples import token_texts
-from mechreward.hacking.detectors import all_within
 from mechreward.readout import Readings, Request
 from mechreward.reward.base import Scores
 from mechreward.reward.feature_reward import FeatureReward
+from mechreward.reward.guards import all_within
 from mechreward.reward.outcome import GOLD_COLUMNS, OutcomeReward
 from mechreward.rollout.batch import RolloutBatch, plain_text
 
