@@ -125,7 +125,9 @@ def _runs_in(path: Path) -> list[Path]:
         raise DataError(f"{path} is no folder: give the output folder of a training, or of an experiment.")
     if _is_run(path):
         return [path]
-    found = sorted(p for pattern in ("*/seed-*", "*", "*/*") for p in path.glob(pattern) if p.is_dir() and _is_run(p))
+    found = sorted(
+        p for pattern in ("*/seed-*", "*", "*/*", "*/*/seed-*") for p in path.glob(pattern) if p.is_dir() and _is_run(p)
+    )
     if not found:
         raise DataError(
             f"{path} holds no run: there is no {METRICS} in it or in a folder of it, nor a checkpoint of a trainer. "
