@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
+from markupsafe import Markup  # jinja2 is made of it
 
 from mechreward.experiments.page import widest
 from mechreward.extras import require
@@ -77,9 +78,9 @@ def page(folders: Sequence[Folder], baseline: str | None = None, most: int = 200
         costs=cost(folders),
         parts=list(COST),
         runs=folders,
-        style=jinja2.filters.do_mark_safe((HERE / "page.css").read_text(encoding="utf-8")),
-        script=jinja2.filters.do_mark_safe(script),
-        hashes=jinja2.filters.do_mark_safe(" ".join([_hash(script), plotly.hash])),
+        style=Markup((HERE / "page.css").read_text(encoding="utf-8")),
+        script=Markup(script),
+        hashes=Markup(" ".join([_hash(script), plotly.hash])),
         data=packed(json.dumps(finite(data), separators=(",", ":"), ensure_ascii=False, allow_nan=False)),
         plotly=plotly.packed,
     )
