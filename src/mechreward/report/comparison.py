@@ -132,8 +132,13 @@ def _training(runs: Sequence[Folder]) -> dict[str, Any]:
     for name, key in wanted.items():
         ends = []
         for part in (slice(None, ENDS), slice(-ENDS, None)):
-            means = [[log[key] for log in run.metrics[part] if isinstance(log.get(key), (int, float))] for run in runs]
+            means = [_known(run.metrics[part], key) for run in runs]
             ends.append([float(np.mean(values)) for values in means if values])
         if all(ends):
             found[name] = {"first": over_seeds(ends[0]), "last": over_seeds(ends[1])}
     return found
+
+
+def _known(logs: Sequence[dict[str, Any]], key: str) -> list[float]:
+    """The finite values of a figure."""
+    return [log[key] for log in logs if isinstance(log.get(key), (int, float)) and np.isfinite(log[key])]

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
-from markupsafe import Markup  # jinja2 is made of it
+from markupsafe import Markup
 
 from mechreward.experiments.page import widest
 from mechreward.extras import require
