@@ -94,8 +94,11 @@ def show_features(
 
 def _told(entry: Any, top: int) -> dict[str, Any]:
     """A latent for a script."""
+    from dataclasses import asdict
+
     found = entry.examples
     examples = [{"tokens": e.tokens, "activations": [float(a) for a in e.activations]} for e in found.top[:top]]
+    published = None if entry.published is None else asdict(entry.published)
     return {
         "index": entry.index,
         "weight": entry.weight,
@@ -169,7 +172,6 @@ def _examples(
     chosen: Any, model: str | None, corpus: Path | None, texts: int | None, top: int, context: int
 ) -> tuple[list[Any], str]:
     """Read the corpus for the chosen latents; their examples, and a sentence on what was read."""
-    import functools
     import itertools
 
     from mechreward import pocket
@@ -193,6 +195,8 @@ def _examples(
         raise ConfigError("Give the texts to read with --corpus.")
     loaded, tokenizer = load_model(named)
     with progress() as tell:
-        reading = functools.partial(tell, "Reading the corpus", of=count)
-        found = collect(loaded, tokenizer, chosen.readout, items, top=top, context=context, tell=reading)
+        found = collect(
+            loaded, tokenizer, chosen.readout, items, top=top, context=context,
+            tell=lambda done: tell("Reading the corpus", done, count),
+        )  # fmt: skip
     return found, f"{found[0].tokens:,} tokens of {found[0].texts:,} texts read by {named}, from {where}"
