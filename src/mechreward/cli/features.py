@@ -105,9 +105,7 @@ def _told(entry: Any, top: int) -> dict[str, Any]:
         "note": entry.note,
         "firing_rate": found.firing_rate,
         "maximum": found.maximum,
-        "explanations": None
-        if entry.published is None
-        else [str(e) for e in getattr(entry.published, "explanations", [])],
+        "published": published,
         "examples": examples,
     }
 
