@@ -180,7 +180,7 @@ def test_a_validated_pack_is_exit_code_0_and_written_to_its_file(found, halves, 
         shutil.copy(file, tmp_path / file.name.replace("found", "mine") if file.suffix == ".json" else tmp_path)
     evidence = Evidence.model_validate(EVIDENCE)
 
-    def passed(pack, model, tokenizer, held_out, chance, seed):
+    def passed(pack, model, tokenizer, held_out, chance, seed, tell):
         return pack.model_copy(update={"evidence": evidence, "status": "validated", "status_reason": "Passed."})
 
     monkeypatch.setattr("mechreward.features.judge.judge", passed)
@@ -289,7 +289,7 @@ def test_a_split_of_ones_own_called_gate_is_asked_for_by_that_name(tmp_path, mon
         asked.append(sources[0].split)
         raise mr.errors.DataError("Enough.")
 
-    monkeypatch.setattr("mechreward.experiments.data.load", load)
+    monkeypatch.setattr("mechreward.experiments.sampling.load", load)
     monkeypatch.chdir(tmp_path)
     for data in ("me/questions", POCKET):
         for split in ([], ["--split", "gate"]):

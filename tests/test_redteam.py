@@ -799,9 +799,9 @@ def test_bad_input_is_one_sentence(stubbed, tmp_path):
 
 
 def test_another_model_needs_questions_of_its_own(tmp_path):
-    from mechreward.cli.redteam import _data
+    from mechreward.cli.redteam import questions_for
 
     with pytest.raises(ConfigError, match="Name questions for google/gemma-2-9b with --data"):
-        _data(None, "google/gemma-2-9b")
-    assert _data(None, "mechreward/pocket") == _data(None, mr.pocket.path()) == "mechreward/pocket"
-    assert _data("openai/gsm8k", "x") == "openai/gsm8k"
+        questions_for(None, "google/gemma-2-9b")
+    assert questions_for(None, "mechreward/pocket") == questions_for(None, mr.pocket.path()) == "mechreward/pocket"
+    assert questions_for("openai/gsm8k", "x") == "openai/gsm8k"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
+from mechreward.cli.common import Interrupted
 from mechreward.cli.doctor import doctor
 from mechreward.cli.features import features
 from mechreward.cli.find import discover, gate
@@ -19,15 +21,26 @@ from mechreward.errors import MechRewardError
 
 
 class OneSentence(TyperGroup):
-    """What goes wrong on purpose is said in one sentence; ``--debug`` shows where it comes from."""
+    """What goes wrong, and an interruption, is said in one sentence; ``--debug`` shows where an error comes from."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
+        except Interrupted as kept:
+            typer.echo(kept, err=True)
+            raise typer.Exit(130) from None
+        except KeyboardInterrupt:
+            typer.echo("Interrupted: nothing that was finished is lost; give the same command to go on.", err=True)
+            raise typer.Exit(130) from None
         except MechRewardError as error:
             if ctx.params.get("debug"):
                 raise
             typer.echo(f"Error: {error}", err=True)
+            raise typer.Exit(2) from None
+        except OSError as error:  # a full disk, a folder that cannot be written to
+            if ctx.params.get("debug") or error.errno is None or error.errno == errno.EPIPE:
+                raise
+            typer.echo(f"Error: {error.filename or 'A file'} cannot be read or written: {error.strerror}.", err=True)
             raise typer.Exit(2) from None
 
 
@@ -45,4 +58,7 @@ app.add_typer(probe, name="probe")
 
 @app.callback()
 def options(debug: Annotated[bool, typer.Option(help="Show where an error comes from.")] = False) -> None:
-    """Mechanistic-interpretability rewards for GRPO."""
+    """Mechanistic-interpretability rewards for GRPO.
+
+    Example: mechreward packs list
+    """

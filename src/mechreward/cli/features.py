@@ -8,9 +8,13 @@ from typing import Annotated, Any
 
 import typer
 
-from mechreward.cli.common import AsJson, console
+from mechreward.cli.common import AsJson, console, made, progress
 
-features = typer.Typer(no_args_is_help=True, help="Latents: what makes them fire, and what they seem to stand for.")
+features = typer.Typer(
+    no_args_is_help=True,
+    help="Latents: what makes them fire, and what they seem to stand for.\n\n"
+    "Example: mechreward features show pocket/reasoning_pack",
+)
 
 Target = Annotated[
     str | None, typer.Argument(metavar="PACK_OR_SAE", help="A pack's name or file, or an SAE as release/sae_id.")
@@ -48,6 +52,7 @@ def show_features(
     context: Annotated[int, typer.Option(min=2, help="Tokens of an example.")] = 64,
     neuronpedia: Annotated[bool, typer.Option(help="Look up what Neuronpedia says of the latents.")] = False,
     offline: Annotated[bool, typer.Option(help="Read Neuronpedia's cache only, as with HF_HUB_OFFLINE=1.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show the texts that make latents fire, tokens shaded by activation.
 
@@ -73,13 +78,36 @@ def show_features(
             chosen.ids, found, chosen.weights, chosen.notes, pages, strict=True
         )
     ]
-    console.print(f"{chosen.title}: {read}", soft_wrap=True, markup=False, highlight=False)
-    for entry in entries:
-        print_feature(console, entry, top)
+    if as_json:
+        typer.echo(
+            json.dumps({"sae": chosen.sae, "corpus": read, "features": [_told(e, top) for e in entries]}, indent=2)
+        )
+    else:
+        console.print(f"{chosen.title}: {read}", soft_wrap=True, markup=False, highlight=False)
+        for entry in entries:
+            print_feature(console, entry, top)
     if html is not None:
         about = [("SAE", chosen.sae), ("reads", str(chosen.readout.hook_point)), ("corpus", read)]
         html.write_text(page(chosen.title, about, entries, 2 * top), encoding="utf-8")
-        console.print(f"\nPage: {html}", soft_wrap=True, markup=False, highlight=False)
+        made(f"\nPage: {html}", as_json)
+
+
+def _told(entry: Any, top: int) -> dict[str, Any]:
+    """A latent for a script."""
+    from dataclasses import asdict
+
+    found = entry.examples
+    examples = [{"tokens": e.tokens, "activations": [float(a) for a in e.activations]} for e in found.top[:top]]
+    published = None if entry.published is None else asdict(entry.published)
+    return {
+        "index": entry.index,
+        "weight": entry.weight,
+        "note": entry.note,
+        "firing_rate": found.firing_rate,
+        "maximum": found.maximum,
+        "published": published,
+        "examples": examples,
+    }
 
 
 @features.command("explain")
@@ -156,12 +184,17 @@ def _examples(
             "give the model with --model."
         )
     if corpus is not None:
+        count = sum(1 for _ in itertools.islice(read_corpus(corpus), texts))  # for the time that is left
         items, where = itertools.islice(read_corpus(corpus), texts), str(corpus)
     elif pocket.resolve(named) == pocket.path():
-        items, where = pocket_corpus(texts or 500), "pocket's discovery questions with their solutions"
+        count = texts or 500
+        items, where = pocket_corpus(count), "pocket's discovery questions with their solutions"
     else:
         raise ConfigError("Give the texts to read with --corpus.")
     loaded, tokenizer = load_model(named)
-    with console.status("Reading ..."):
-        found = collect(loaded, tokenizer, chosen.readout, items, top=top, context=context)
+    with progress() as tell:
+        found = collect(
+            loaded, tokenizer, chosen.readout, items, top=top, context=context,
+            tell=lambda done: tell("Reading the corpus", done, count),
+        )  # fmt: skip
     return found, f"{found[0].tokens:,} tokens of {found[0].texts:,} texts read by {named}, from {where}"

@@ -13,7 +13,10 @@ from mechreward.cli.common import AsJson, Name, console, show_verdict
 from mechreward.features.catalog import load_pack, shipped_packs
 from mechreward.features.pack import FeaturePack
 
-packs = typer.Typer(no_args_is_help=True, help="Feature packs: what there is, what they claim, and how to ship one.")
+packs = typer.Typer(
+    no_args_is_help=True,
+    help="Feature packs: what there is, what they claim, and how to ship one.\n\nExample: mechreward packs list",
+)
 
 
 @packs.command("list")
@@ -64,7 +67,7 @@ def _frozen(pack: FeaturePack) -> str:
 
 
 @packs.command()
-def validate(file: Annotated[Path, typer.Argument(help="The pack's JSON file.")]) -> None:
+def validate(file: Annotated[Path, typer.Argument(help="The pack's JSON file.")], as_json: AsJson = False) -> None:
     """Check a pack's file against the schema (its evidence is the gate's business).
 
     Example: mechreward packs validate my_pack.json
@@ -74,6 +77,10 @@ def validate(file: Annotated[Path, typer.Argument(help="The pack's JSON file.")]
         from mechreward.features.frozen import frozen_readout
 
         frozen_readout(pack)
+    if as_json:
+        told = {"file": str(file), "name": pack.name, "status": pack.status, "status_reason": pack.status_reason}
+        typer.echo(json.dumps(told, indent=2))
+        return
     console.print(f"{file} is a sound {pack.status} pack. {pack.status_reason}", soft_wrap=True)
 
 

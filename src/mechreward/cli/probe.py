@@ -8,9 +8,13 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from mechreward.cli.common import AsJson, console
+from mechreward.cli.common import AsJson, beside, console, made, progress, resumable
 
-probe = typer.Typer(no_args_is_help=True, help="Linear probes: train one on labelled rollouts, and see what it can do.")
+probe = typer.Typer(
+    no_args_is_help=True,
+    help="Linear probes: train one on labelled rollouts, and see what it can do.\n\n"
+    "Example: mechreward probe show pocket/correctness_probe",
+)
 
 
 @probe.command("train")
@@ -30,6 +34,8 @@ def train_a_probe(
 ) -> None:
     """Train a probe, choose its layer by cross-validation, calibrate it, and measure it on held-out rollouts.
 
+    It can be interrupted: the same command does not fit again the layers that it has fitted.
+
     Example: mechreward probe train --model mechreward/pocket --data rollouts.jsonl --out probes/correctness
     """
     from mechreward.extras import require
@@ -45,17 +51,17 @@ def train_a_probe(
     loaded, tokenizer = load_model(model)
     chosen, rollouts = parse_layers(layers, loaded), read_rollouts(data, loaded, tokenizer)
     others = None if held_out is None else read_rollouts(held_out, loaded, tokenizer)
-    with console.status("Training ..."):
+    with resumable(beside(files_of(out)[0], "train")) as unfinished, progress() as tell:
         trained = train_probe(
-            loaded, rollouts, chosen, pooling, others, files_of(out)[0].stem, model, description, licence
-        )
-    save_probe(trained.probe, out)
+            loaded, rollouts, chosen, pooling, others, files_of(out)[0].stem, model, description, licence,
+            unfinished, tell,
+        )  # fmt: skip
+        save_probe(trained.probe, out)
     if plot:
         draw_sweep(trained.probe.card, plot)
     _tell_probe(trained.probe.card, as_json)
-    if not as_json:
-        files = ", ".join(map(str, (*files_of(out), *([plot] if plot else []))))
-        console.print(f"Saved: {files}. Use it: mr.FeatureReward(mr.load_probe('{out}', logits=True)).", soft_wrap=True)
+    files = ", ".join(map(str, (*files_of(out), *([plot] if plot else []))))
+    made(f"Saved: {files}. Use it: mr.FeatureReward(mr.load_probe('{out}', logits=True)).", as_json)
 
 
 @probe.command("show")

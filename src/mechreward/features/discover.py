@@ -7,10 +7,11 @@ is made again on permuted labels, and :mod:`mechreward.features.gate` compares t
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -30,13 +31,12 @@ from mechreward.rollout.hf import pooled
 from mechreward.rollout.labelled import Labelled
 from mechreward.sae.handle import SAEHandle
 from mechreward.sae.registry import reference
+from mechreward.unfinished import Steps, Tell, TellStage, Unfinished, silent
 
 _ROWS = 64  # rows that are converted to float64 at a time: extra memory is 64 rows, however many rollouts there are
 _SCREENED = 64  # latents of a dictionary, the strongest by effect, that a sparse regression chooses from
 
 Method = Literal["effect", "firing", "lasso", "reasonscore"]
-Tell = Callable[[int, int], None]
-"""Called with the rollouts that are done, and how many there are."""
 
 
 class Selection(NamedTuple):
@@ -92,7 +92,8 @@ def discover(
     min_firing: float = 0.01,
     permutations: int = 200,
     seed: int = 0,
-    tell: Tell = lambda done, of: None,
+    unfinished: Unfinished | None = None,
+    tell: TellStage = silent,
 ) -> Discovery:
     """Scan all latents on labelled rollouts, and propose a pack.
 
@@ -118,7 +119,8 @@ def discover(
         min_firing: Latents that fire in a smaller share of the rollouts are left out.
         permutations: Of the labels: for the adjusted p of each latent, and for the gate.
         seed: Of the permutations.
-        tell: Progress.
+        unfinished: Keeps the sparse regressions, which take longest, so that they can be interrupted.
+        tell: Called with the stage, what is done of it, and of how many.
 
     Raises:
         PackError: Nothing could be selected.
@@ -130,7 +132,8 @@ def discover(
     spans = [slice(*ends) for ends in itertools.pairwise(np.cumsum([0, *(sae.d_sae for sae in saes)]).tolist())]
     everything = [sae.all_features() for sae in saes]
     check_fits(everything, model)
-    blocks = _told(pooled(model, rollouts.batch, everything, aggregation), len(rollouts), tell)
+    reading = functools.partial(tell, "Reading every latent")
+    blocks = (block.numpy() for block in pooled(model, rollouts.batch, everything, aggregation, reading))
     found, scores, chance = None, None, []
     rank = _Rank(n_positive, n_negative, min_firing)
     if method == "reasonscore":
@@ -142,7 +145,11 @@ def discover(
         found = scan(blocks, rollouts.labels, rollouts.groups, permutations, seed)
         if method == "lasso":
             labellings = _labellings(rollouts, permutations, seed)
-            chosen = _sparse_regressions(model, rollouts, saes, spans, found, labellings, aggregation, rank)
+            kept = _regressions_before(unfinished, found, aggregation, rank)
+            fitting = functools.partial(tell, "Regressions, permutations included")
+            chosen = _sparse_regressions(
+                model, rollouts, saes, spans, found, labellings, aggregation, rank, kept, fitting
+            )
         else:
             criteria = found.effects if method == "effect" else found.gaps
             chosen = ([rank(i, row[span], found, span) for i, span in enumerate(spans)] for row in criteria)
@@ -328,6 +335,8 @@ def _sparse_regressions(
     labellings: NDArray[np.bool_],
     aggregation: str,
     rank: _Rank,
+    kept: Steps,
+    tell: Tell,
 ) -> Iterator[list[Selection]]:
     """For each labelling, a sparse logistic regression on each dictionary's latents of largest effect under it."""
     screened = [[_screened(row[span], found.firing[span], rank.min_firing) for span in spans] for row in found.effects]
@@ -337,15 +346,33 @@ def _sparse_regressions(
     if readouts:
         read = torch.cat(list(pooled(model, rollouts.batch, readouts, aggregation))).double().numpy()
     columns = np.split(read, np.cumsum([len(ids) for ids in wanted])[:-1], axis=1)
-    for labels, ids in zip(labellings, screened, strict=True):
-        selections = []
-        for i, latents in enumerate(ids):
+
+    def fitted(labels_and_ids: tuple[NDArray[np.bool_], list[NDArray[np.int64]]]) -> list[Any]:
+        labels, selections = labels_and_ids[0], []
+        for i, latents in enumerate(labels_and_ids[1]):
             x = columns[i][:, np.searchsorted(wanted[i], latents)]
             coefficients, area = sparse_logistic(x, labels, rollouts.groups)
-            kept = _strongest(coefficients, rank.n_positive, rank.n_negative)
-            spread = np.maximum(x[:, kept].std(axis=0), np.finfo(np.float64).tiny)
-            selections.append(Selection(i, latents[kept], coefficients[kept] / spread, area))
-        yield selections
+            best = _strongest(coefficients, rank.n_positive, rank.n_negative)
+            spread = np.maximum(x[:, best].std(axis=0), np.finfo(np.float64).tiny)
+            selections.append([latents[best].tolist(), (coefficients[best] / spread).tolist(), area])
+        return selections
+
+    for done, each in enumerate(kept.each(zip(labellings, screened, strict=True), fitted), 1):
+        tell(done, len(labellings))
+        yield [
+            Selection(i, np.array(ids, dtype=np.int64), np.array(weights, dtype=np.float64), area)
+            for i, (ids, weights, area) in enumerate(each)
+        ]
+
+
+def _regressions_before(unfinished: Unfinished | None, found: Scan, aggregation: str, rank: _Rank) -> Steps:
+    """Those that were made on this very scan."""
+    if unfinished is None:
+        return Steps()
+    scanned = hashlib.sha256(found.effects.tobytes() + found.firing.tobytes()).hexdigest()
+    return unfinished.steps(
+        "regressions", {"scan": scanned, "aggregation": aggregation, "number of latents": list(rank)}
+    )
 
 
 def _screened(effect: NDArray, firing: NDArray, min_firing: float) -> NDArray[np.int64]:
@@ -463,14 +490,6 @@ def check_models(saes: Sequence[SAEHandle]) -> None:
     if len(models) > 1:
         listed = " and ".join(f"{name} reads {model}" for model, name in models.items())
         raise ConfigError(f"The sparse autoencoders belong to different models: {listed}.")
-
-
-def _told(blocks: Iterable[torch.Tensor], of: int, tell: Tell) -> Iterator[NDArray]:
-    done = 0
-    for block in blocks:
-        done += len(block)
-        yield block.numpy()
-        tell(done, of)
 
 
 # On disk ------------------------------------------------------------------------------------------------------------

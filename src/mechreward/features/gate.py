@@ -21,6 +21,7 @@ three need the model: :func:`mechreward.features.judge.judge` runs them all. A p
 measured too, and not tested: a pack of one feature may be a good one.
 """
 
+import itertools
 import re
 import warnings
 from collections.abc import Callable, Sequence
@@ -32,6 +33,7 @@ from scipy.stats import rankdata
 
 from mechreward.errors import PackError
 from mechreward.features.pack import Bin, Evidence, FormatChange, GateTest, Injection, Interval
+from mechreward.unfinished import Tell, silent
 
 AUC_LOW = 0.70  # lower end of the AUC's interval must lie above
 SPEARMAN_LOW = 0.30  # lower end of Spearman's interval must reach
@@ -296,6 +298,7 @@ def surface_gain(
     folds: int = 5,
     draws: int = 1000,
     seed: int = 0,
+    tick: Callable[[], None] = silent,
 ) -> SurfaceGain:
     """Logistic regression on the surface, without and with the reading; AUC of out-of-fold predictions.
 
@@ -317,25 +320,36 @@ def surface_gain(
         folds: Folds of the cross-validation, at most one per prompt.
         draws: Bootstrap resamples.
         seed: Seed of the bootstrap.
+        tick: Called :func:`ticks` times, after what takes long.
     """
     from scipy.sparse import csr_array, hstack
 
+    def ticked(done: Any) -> Any:
+        tick()
+        return done
+
     reading, truth = _checked(scores, labels)
     splits = _splits(truth.astype(bool), np.asarray(groups), folds)
-    alone = {name: _best(matrix, truth, splits)[0] for name, matrix in surface.items()}
+    alone = {name: ticked(_best(matrix, truth, splits))[0] for name, matrix in surface.items()}
     seen = hstack(list(surface.values()), format="csr")
     reading = _standardised(reading)
-    predicted = csr_array(_standardised(_predicted_reading(seen, reading, splits))[:, None] * _UNPENALISED)
+    explained = ticked(_predicted_reading(seen, reading, splits))
+    predicted = csr_array(_standardised(explained)[:, None] * _UNPENALISED)
     seen = hstack([seen, predicted], format="csr")
-    without_auc, penalty, without = _best(seen, truth, splits)
+    without_auc, penalty, without = ticked(_best(seen, truth, splits))
     column = csr_array(reading[:, None] * _UNPENALISED)
     with_reading = _out_of_fold(hstack([seen, column], format="csr"), truth, splits, penalty)
 
     def difference(plus: Floats, minus: Floats, positive: NDArray) -> float:
         return auc(plus, positive) - auc(minus, positive)
 
-    gain = bootstrap(difference, with_reading, without, truth, groups=groups, draws=draws, seed=seed)
+    gain = ticked(bootstrap(difference, with_reading, without, truth, groups=groups, draws=draws, seed=seed))
     return SurfaceGain(alone, without_auc, auc(with_reading, truth), gain)
+
+
+def ticks(surface: Surface) -> int:
+    """How often :func:`surface_gain` ticks."""
+    return len(surface) + 3
 
 
 def gate(
@@ -360,6 +374,7 @@ def gate(
     folds: int = 5,
     draws: int = 1000,
     seed: int = 0,
+    tell: Tell = silent,
 ) -> Evidence:
     """Measure a pack on held-out rollouts and judge it.
 
@@ -383,6 +398,7 @@ def gate(
         folds: Folds of the cross-validation over prompts.
         draws: Bootstrap resamples of every interval.
         seed: Seed of every bootstrap.
+        tell: Called with the steps that are done, and how many there are.
     """
     reading, truth = _checked(scores, labels)
     groups = np.asarray(groups)
@@ -390,13 +406,20 @@ def gate(
     if null.ndim != 2 or null.shape[1] != 2 or len(null) == 0:
         raise PackError(f"The gate needs a permutation null of shape [draws, 2], not {null.shape}: see selection_null.")
     positive = truth.astype(bool)
-    rho = bootstrap(spearman, reading, positive, groups=groups, draws=draws, seed=seed)
-    area = bootstrap(auc, reading, positive, groups=groups, draws=draws, seed=seed)
-    surface = surface_gain(
-        reading, positive, groups, surface_features(texts, lengths, ways), folds=folds, draws=draws, seed=seed
-    )
+    seen, steps = surface_features(texts, lengths, ways), itertools.count(1)
+
+    def tick() -> None:
+        tell(next(steps), ticks(seen) + 3)
+
+    def interval(statistic: Callable[..., float], *more: ArrayLike) -> Interval:
+        found = bootstrap(statistic, reading, positive, *more, groups=groups, draws=draws, seed=seed)
+        tick()
+        return found
+
+    rho, area = interval(spearman), interval(auc)
+    surface = surface_gain(reading, positive, groups, seen, folds=folds, draws=draws, seed=seed, tick=tick)
     figures = _null_figures(rho.value, null, noise_null)
-    partial = bootstrap(length_controlled, reading, positive, lengths, groups=groups, draws=draws, seed=seed)
+    partial = interval(length_controlled, lengths)
     tests = [
         _auc_test(area),
         _spearman_test(rho),

@@ -24,6 +24,7 @@ from mechreward.readout import Readings, Readout
 from mechreward.rollout.batch import RolloutBatch
 from mechreward.rollout.hf import MAX_NUMBERS, over_tokens, read_in_pieces
 from mechreward.rollout.labelled import Labelled
+from mechreward.unfinished import Tell, silent
 
 CUES = 3  # tokens that are injected
 SEEN = 5  # a token must have been read so often before it is called a cue
@@ -46,17 +47,19 @@ class Rewards:
     weights: list[Tensor]
     aggregation: str
 
-    def per_token(self, model: Any, batch: RolloutBatch) -> Iterator[tuple[RolloutBatch, Readings]]:
+    def per_token(
+        self, model: Any, batch: RolloutBatch, tell: Tell = silent
+    ) -> Iterator[tuple[RolloutBatch, Readings]]:
         """r_t = sum_k w_k f_k(h_t) of a few rollouts at a time, ``[b, T, C]``."""
-        for piece, each in read_in_pieces(model, batch, self.readouts):
+        for piece, each in read_in_pieces(model, batch, self.readouts, tell):
             values = sum(r.values @ w.to(r.values.device) for r, w in zip(each, self.weights, strict=True))
             assert isinstance(values, Tensor)  # there is a readout
             yield piece, Readings(values, each[0].mask)
 
-    def __call__(self, model: Any, batch: RolloutBatch) -> NDArray[np.float64]:
+    def __call__(self, model: Any, batch: RolloutBatch, tell: Tell = silent) -> NDArray[np.float64]:
         """The rewards of each rollout, ``[n, C]``."""
         aggregate = aggregation(self.aggregation)
-        rewards = [over_tokens(readings, aggregate) for _, readings in self.per_token(model, batch)]
+        rewards = [over_tokens(readings, aggregate) for _, readings in self.per_token(model, batch, tell)]
         return torch.cat(rewards).double().numpy()
 
 
@@ -76,7 +79,7 @@ class Cues:
     rate: float
 
 
-def cues(model: Any, rollouts: Labelled, reward: Rewards) -> Cues:
+def cues(model: Any, rollouts: Labelled, reward: Rewards, tell: Tell = silent) -> Cues:
     """Find the cue tokens of a reward of one column.
 
     A token's reading is the mean of r_t over its occurrences; the ends of completions are no cues.
@@ -84,7 +87,7 @@ def cues(model: Any, rollouts: Labelled, reward: Rewards) -> Cues:
     sums: dict[int, float] = {}
     counts: dict[int, int] = {}
     before: dict[int, dict[int, int]] = {}
-    for piece, readings in reward.per_token(model, rollouts.batch):
+    for piece, readings in reward.per_token(model, rollouts.batch, tell):
         values, mask = readings.values[..., 0].cpu(), readings.mask.cpu()
         for row, ids in enumerate(piece.completion_ids):
             for t in mask[row].nonzero()[:, 0].tolist():
@@ -166,7 +169,7 @@ def rewritten(rollouts: Labelled, tokenizer: Any, texts: Sequence[str]) -> Rollo
 
 
 @torch.no_grad()
-def surprise(model: Any, batch: RolloutBatch, temperature: float = 1.0) -> NDArray[np.float64]:
+def surprise(model: Any, batch: RolloutBatch, temperature: float = 1.0, tell: Tell = silent) -> NDArray[np.float64]:
     """How much less likely each rollout is to the model than what it writes itself, ``[n, 2]``: nats, and tokens.
 
     The sum over tokens of -ln p(x_t) - H_t, with H_t the entropy of the model's next token. Its expectation is 0 for
@@ -190,4 +193,5 @@ def surprise(model: Any, batch: RolloutBatch, temperature: float = 1.0) -> NDArr
             chosen = log_p.gather(1, ids[row, first : first + length, None])[:, 0]
             entropy = -(log_p.exp() * log_p).nan_to_num().sum(dim=-1)
             found.append((float((-chosen - entropy).sum()), length))
+        tell(len(found), len(batch))
     return np.array(found)

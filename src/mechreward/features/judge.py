@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from mechreward.rollout.capture import check_fits
 from mechreward.rollout.hf import pooled
 from mechreward.rollout.labelled import Labelled
 from mechreward.sae.registry import load_sae
+from mechreward.unfinished import Tell, TellStage, silent
 
 DRAWS = 200  # selections by chance, where no discovery left its own
 POOL = 1000  # latents that these are made of
@@ -36,7 +38,13 @@ CHANGED = 300  # rollouts, at most, whose text is changed or whose likelihood is
 
 
 def judge(
-    pack: FeaturePack, model: Any, tokenizer: Any, rollouts: Labelled, chance: Chance | None = None, seed: int = 0
+    pack: FeaturePack,
+    model: Any,
+    tokenizer: Any,
+    rollouts: Labelled,
+    chance: Chance | None = None,
+    seed: int = 0,
+    tell: TellStage = silent,
 ) -> FeaturePack:
     """Measure a pack on held-out rollouts, and give it its evidence, calibration and status.
 
@@ -48,6 +56,7 @@ def judge(
         chance: What discovery would have selected by chance. Without it, random latents that fire and count alike take
             the place of selections, which are easier to beat.
         seed: Of everything random.
+        tell: Called with the stage, what is done of it, and of how many.
 
     Raises:
         PackError: A recipe, or too few rollouts for an interval.
@@ -63,31 +72,18 @@ def judge(
     check_fits([own], model)
     weights = torch.tensor([f.weight for f in pack.features])
     reward = Rewards([own], [weights[:, None]], how)
-    scores = together(reward, chance)(model, rollouts.batch)
+    few = rollouts.take(_few(rollouts, seed))
+    changes, selections = _format_changes(few, tokenizer), chance is not None and bool(chance.selections)
+    passes = 2 if selections else 3
+    count = _Rollouts(tell, passes * len(rollouts) + len(few) * (len(INJECTIONS) + len(changes) + 1))
+
+    scores = together(reward, chance)(model, rollouts.batch, count.part(len(rollouts)))
     score, without, null = np.split(scores, [1, 1 + len(pack.features)], axis=1)
     null_of = "selections made on shuffled labels"
-    if null.shape[1] == 0:
-        null, null_of = by_chance(pack, model, rollouts, how, seed), "packs of random latents that fire"
+    if not selections:
+        null = by_chance(pack, model, rollouts, how, seed, count.part(len(rollouts)))
+        null_of = "packs of random latents that fire"
     score, labels, groups = score[:, 0], rollouts.labels, rollouts.groups
-
-    some = np.sort(np.random.default_rng(seed).permutation(len(rollouts))[:CHANGED])
-    few = rollouts.take(some)
-
-    def share(batch: RolloutBatch) -> tuple[NDArray[np.float64], Interval]:
-        """The changed rollouts' reward, and the rise that the change brings."""
-        changed = reward(model, batch)[:, 0]
-        read = np.where(np.isfinite(changed), changed, score[some])
-        return read, bootstrap(_bounded_rise, read, score[some], few.labels, groups=few.groups, seed=seed)
-
-    found = cues(model, rollouts, reward)
-    changes = {name: reformatted(few, tokenizer, change) for name, change in FORMATS.items()}
-    if few.paraphrases is not None:
-        changes["paraphrase"] = rewritten(few, tokenizer, few.paraphrases)
-    formats = {}
-    for name, batch in changes.items():
-        if batch is not None:
-            read, up = share(batch)
-            formats[name] = FormatChange(auc=bootstrap(auc, read, few.labels, groups=few.groups, seed=seed), rise=up)
     careful = np.array([way == "careful" for way in rollouts.ways or ()])
     evidence = gate(
         score,
@@ -102,15 +98,10 @@ def judge(
         temperature=rollouts.temperature,
         data=rollouts.source,
         null_of=null_of,
-        injection=Injection(
-            cues=[tokenizer.decode([token]) for token in found.tokens],
-            rate=found.rate,
-            rise={way: share(injected(few.batch, found, way, seed))[1] for way in INJECTIONS},
-        ),
-        formats=formats,
-        surprise=bootstrap(_per_token, surprise(model, few.batch), groups=few.groups, seed=seed),
+        **_robustness(model, tokenizer, rollouts, reward, score, few, changes, seed, count),
         without={str(f.id): auc(column, labels) for f, column in zip(pack.features, without.T, strict=True)},
         seed=seed,
+        tell=functools.partial(tell, "The gate's tests"),
     )
     return pack.model_copy(
         update={
@@ -121,6 +112,69 @@ def judge(
             "status_reason": evidence.reason(),
         }
     )
+
+
+def _robustness(
+    model: Any,
+    tokenizer: Any,
+    rollouts: Labelled,
+    reward: Rewards,
+    score: NDArray[np.float64],
+    few: Labelled,
+    changes: dict[str, RolloutBatch],
+    seed: int,
+    count: _Rollouts,
+) -> dict[str, Any]:
+    """What becomes of the reward of changed rollouts, and whether the rollouts are the model's own."""
+    some = _few(rollouts, seed)
+
+    def share(batch: RolloutBatch) -> tuple[NDArray[np.float64], Interval]:
+        """The changed rollouts' reward, and the rise that the change brings."""
+        changed = reward(model, batch, count.part(len(few)))[:, 0]
+        read = np.where(np.isfinite(changed), changed, score[some])
+        return read, bootstrap(_bounded_rise, read, score[some], few.labels, groups=few.groups, seed=seed)
+
+    found = cues(model, rollouts, reward, count.part(len(rollouts)))
+    formats = {}
+    for name, batch in changes.items():
+        read, up = share(batch)
+        formats[name] = FormatChange(auc=bootstrap(auc, read, few.labels, groups=few.groups, seed=seed), rise=up)
+    injection = Injection(
+        cues=[tokenizer.decode([token]) for token in found.tokens],
+        rate=found.rate,
+        rise={way: share(injected(few.batch, found, way, seed))[1] for way in INJECTIONS},
+    )
+    nats = surprise(model, few.batch, tell=count.part(len(few)))
+    return {
+        "injection": injection,
+        "formats": formats,
+        "surprise": bootstrap(_per_token, nats, groups=few.groups, seed=seed),
+    }
+
+
+def _few(rollouts: Labelled, seed: int) -> NDArray[np.int64]:
+    """Rows of the rollouts that are changed, :data:`CHANGED` at most."""
+    return np.sort(np.random.default_rng(seed).permutation(len(rollouts))[:CHANGED])
+
+
+def _format_changes(few: Labelled, tokenizer: Any) -> dict[str, RolloutBatch]:
+    """The rollouts in each other format that the tokenizer can write, and in other words where these are given."""
+    changes = {name: reformatted(few, tokenizer, change) for name, change in FORMATS.items()}
+    if few.paraphrases is not None:
+        changes["paraphrase"] = rewritten(few, tokenizer, few.paraphrases)
+    return {name: batch for name, batch in changes.items() if batch is not None}
+
+
+class _Rollouts:
+    """Counts the rollouts that are read in several passes, for one bar with the time that is left."""
+
+    def __init__(self, tell: TellStage, of: int):
+        self.tell, self.of, self.before = tell, of, 0
+
+    def part(self, size: int) -> Tell:
+        """What the next pass, over so many rollouts, is to call."""
+        before, self.before = self.before, self.before + size
+        return lambda done, of: self.tell("Reading, changed rollouts included", before + done, self.of)
 
 
 def pack_readout(pack: FeaturePack) -> Readout:
@@ -160,12 +214,15 @@ def together(reward: Rewards, chance: Chance | None) -> Rewards:
     return Rewards(readouts, weights, reward.aggregation)
 
 
-def by_chance(pack: FeaturePack, model: Any, rollouts: Labelled, how: str, seed: int) -> NDArray[np.float64]:
+def by_chance(
+    pack: FeaturePack, model: Any, rollouts: Labelled, how: str, seed: int, tell: Tell = silent
+) -> NDArray[np.float64]:
     """Rewards of random latents, as many as the pack has, counting alike, with the pack's signs, ``[n, draws]``."""
     rng = np.random.default_rng(seed)
     sae = load_sae(pack.sae.release, pack.sae.sae_id)
     pool = np.sort(rng.choice(sae.d_sae, size=min(POOL, sae.d_sae), replace=False))
-    read = torch.cat(list(pooled(model, rollouts.batch, [sae.features(pool.tolist())], how))).double().numpy()
+    latents = sae.features(pool.tolist())
+    read = torch.cat(list(pooled(model, rollouts.batch, [latents], how, tell))).double().numpy()
     read = read[:, ((read > 0).mean(axis=0) >= 0.01) & (read.std(axis=0) > 0)]
     signs = np.sign([f.weight for f in pack.features])
     if read.shape[1] < len(signs):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+import base64
+import hashlib
+import importlib.metadata
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +15,7 @@ from torch import Tensor, nn
 
 from mechreward import pocket
 from mechreward.aggregation import Aggregate, aggregation
-from mechreward.errors import ConfigError, RewardError
+from mechreward.errors import ConfigError, RewardError, nearest
 from mechreward.readout import HookPoint, Readings, Readout, ReadoutBank, Request
 from mechreward.rollout.batch import Call, RolloutBatch, Text, plain_text
 from mechreward.rollout.capture import (
@@ -23,6 +26,7 @@ from mechreward.rollout.capture import (
     truncated_forward,
     unwrap,
 )
+from mechreward.unfinished import Steps, Tell, digest, silent
 
 if TYPE_CHECKING:
     from mechreward.reward.base import Reward, Scores
@@ -41,6 +45,7 @@ def read_forward(
     read_last: bool = False,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
     max_tokens: int = MAX_TOKENS,
+    tell: Tell = silent,
 ) -> dict[Readout, Readings]:
     """Read a batch's completions with forward passes of our own, truncated after the deepest hook.
 
@@ -55,6 +60,7 @@ def read_forward(
         read_last: Include the final sampled token.
         autocast: The precision context of the trainer's own passes.
         max_tokens: Padded tokens in one pass.
+        tell: Called with the rollouts that were read, and how many there are.
 
     Returns:
         For each readout, values ``[B, T, K']`` float32 and mask ``[B, T]``, on the model's device.
@@ -67,7 +73,7 @@ def read_forward(
     values = torch.zeros(*mask.shape, len(bank), device=device)
     rows = [list(p) + list(c) for p, c in zip(batch.prompt_ids, batch.completion_ids, strict=True)]
     chunks = _chunks([i for i in range(len(rows)) if mask[i].any()], rows, max_tokens)
-    tap = ResidualTap(model, bank.hook_points)
+    tap, done = ResidualTap(model, bank.hook_points), len(rows) - sum(map(len, chunks))
     try:
         # Agreed before the first pass: a sharded model's processes must do the same things in the same order.
         idle = _most(len(chunks), device) - len(chunks) if is_sharded(model) else 0
@@ -88,6 +94,8 @@ def read_forward(
             block = torch.zeros(len(chunk), *values.shape[1:], device=device)
             block[mask[chunk].to(device)] = reader.values().to(device)  # FSDP may keep the parameters elsewhere
             values[chunk] = block
+            done += len(chunk)
+            tell(done, len(rows))
         for _ in range(idle):
             token = torch.zeros(1, 1, dtype=torch.long, device=device)
             with autocast():
@@ -119,9 +127,15 @@ def _read_nothing(point: HookPoint, hidden: Tensor) -> None:
 
 
 def read_in_pieces(
-    model: nn.Module, batch: RolloutBatch, readouts: Sequence[Readout]
+    model: nn.Module, batch: RolloutBatch, readouts: Sequence[Readout], tell: Tell = silent
 ) -> Iterator[tuple[RolloutBatch, list[Readings]]]:
     """Read a batch a few rollouts at a time, so that all latents of whole dictionaries can be read.
+
+    Args:
+        model: Any HF causal language model.
+        batch: Rollouts.
+        readouts: What to read.
+        tell: Called with the rollouts that were read, and how many there are.
 
     Yields:
         The next rollouts, and their readings by each readout, values ``[b, T, K]``.
@@ -130,18 +144,20 @@ def read_in_pieces(
     step = max(1, MAX_NUMBERS // (batch.longest * len(bank)))
     for start in range(0, len(batch), step):
         piece = batch.take(range(start, min(start + step, len(batch))))
-        read = read_forward(model, piece, bank)
+        read = read_forward(model, piece, bank, tell=lambda done, _, start=start: tell(start + done, len(batch)))
         yield piece, [read[readout] for readout in readouts]
 
 
-def pooled(model: nn.Module, batch: RolloutBatch, readouts: Sequence[Readout], how: str = "mean") -> Iterator[Tensor]:
+def pooled(
+    model: nn.Module, batch: RolloutBatch, readouts: Sequence[Readout], how: str = "mean", tell: Tell = silent
+) -> Iterator[Tensor]:
     """Readings aggregated over each rollout's tokens, a few rollouts at a time.
 
     Yields:
         ``[b, K]`` float32 on the CPU, K the columns of all readouts, in their order; NaN where no token is read.
     """
     aggregate = aggregation(how)
-    for _, readings in read_in_pieces(model, batch, readouts):
+    for _, readings in read_in_pieces(model, batch, readouts, tell):
         yield torch.cat([over_tokens(each, aggregate) for each in readings], dim=1)
 
 
@@ -257,28 +273,59 @@ def load_model(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
 
 
+def parse_dtype(name: str) -> torch.dtype:
+    """``float32``, ``bfloat16`` or ``float16``.
+
+    Raises:
+        ConfigError: It is none of these.
+    """
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in known:
+        raise ConfigError(f"There is no dtype '{name}' for a model here.{nearest(name, known)}")
+    return known[name]
+
+
 @torch.no_grad()
 def sample(
-    model: Any, tokenizer: Any, prompts: Sequence[str], num_generations: int, batch_size: int = 256, **generate: Any
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    num_generations: int,
+    batch_size: int = 256,
+    kept: Steps | None = None,
+    tell: Tell = silent,
+    **generate: Any,
 ) -> RolloutBatch:
     """Sample rollouts with HF `generate`, ``num_generations`` a prompt, groups contiguous.
 
-    Uses the model's own generation settings unless ``generate`` overrides them; torch's global seed decides.
+    Uses the model's own generation settings unless ``generate`` overrides them; torch's global seed decides. With each
+    kept batch the state of torch's generator is kept, so that sampling goes on as if it had never stopped.
+
+    Args:
+        model: Any HF causal language model.
+        tokenizer: Its tokenizer.
+        prompts: Plain texts.
+        num_generations: Rollouts a prompt.
+        batch_size: Rollouts sampled at once.
+        kept: Batches that were sampled before, decided by :func:`samples_depend_on`; new ones are added.
+        tell: Called with the rollouts that are there, and how many there will be.
+        generate: Options of HF `generate`.
     """
     repeated = [p for p in prompts for _ in range(num_generations)]
+    kept = Steps() if kept is None else kept  # an empty one is false
     ends, prompt_ids, completion_ids = end_tokens(model, tokenizer, generate.get("eos_token_id")), [], []
-    for start in range(0, len(repeated), batch_size):
+    for number, start in enumerate(range(0, len(repeated), batch_size)):
         asked = [list(ids) for ids in tokenizer(repeated[start : start + batch_size]).input_ids]
-        width = max(map(len, asked))
-        # Padded by hand: many base models' tokenizers have no token for it, and any will do where nothing is read.
-        ids = torch.tensor([[0] * (width - len(own)) + own for own in asked], device=model.device)
-        attention = torch.tensor([[0] * (width - len(own)) + [1] * len(own) for own in asked], device=model.device)
-        output: Tensor = model.generate(input_ids=ids, attention_mask=attention, **generate)
+        if number < len(kept.done):
+            completions, states = kept.done[number]
+            if number == len(kept.done) - 1:
+                _set_generator(model.device, states)
+        else:
+            completions = _completions(model, asked, ends, generate)
+            kept.add([completions, _generator(model.device)])
         prompt_ids += asked
-        for row in output.tolist():
-            completion = row[width:]
-            end = next((t + 1 for t, token in enumerate(completion) if token in ends), len(completion))
-            completion_ids.append(completion[:end])
+        completion_ids += completions
+        tell(len(completion_ids), len(repeated))
     return RolloutBatch(
         prompts=repeated,
         completions=tokenizer.batch_decode(completion_ids, skip_special_tokens=True),
@@ -287,3 +334,60 @@ def sample(
         num_generations=num_generations,
         eos_token_ids=ends,
     )
+
+
+def _completions(
+    model: Any, asked: list[list[int]], ends: frozenset[int], generate: Mapping[str, Any]
+) -> list[list[int]]:
+    """What the model writes behind each of a batch of prompts, up to and including the first end token."""
+    width = max(map(len, asked))
+    # Padded by hand: many base models' tokenizers have no token for it, and any will do where nothing is read.
+    ids = torch.tensor([[0] * (width - len(own)) + own for own in asked], device=model.device)
+    attention = torch.tensor([[0] * (width - len(own)) + [1] * len(own) for own in asked], device=model.device)
+    output: Tensor = model.generate(input_ids=ids, attention_mask=attention, **generate)
+    completions = []
+    for row in output.tolist():
+        completion = row[width:]
+        end = next((t + 1 for t, token in enumerate(completion) if token in ends), len(completion))
+        completions.append(completion[:end])
+    return completions
+
+
+def samples_depend_on(
+    model: Any, prompts: Sequence[str], num_generations: int, batch_size: int, seed: int, generate: Mapping[str, Any]
+) -> dict[str, Any]:
+    """All that decides what :func:`sample` gives, for :meth:`mechreward.unfinished.Unfinished.steps`."""
+    return {
+        "seed": seed,
+        "set of questions": digest(list(prompts)),
+        "number of rollouts a question": num_generations,
+        "batch size": batch_size,
+        "way of sampling": dict(generate),
+        "model": fingerprint(model),
+        "device": model.device.type,
+        "torch": torch.__version__,
+        "transformers": importlib.metadata.version("transformers"),
+    }
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Tells a model from one that was trained further or rounded, by up to 64 numbers of each parameter."""
+    seen = hashlib.sha256(str(getattr(model, "generation_config", None)).encode())
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().flatten()
+        some = flat[:: max(1, len(flat) // 64)].float().cpu().numpy()
+        seen.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode() + some.tobytes())
+    return seen.hexdigest()[:12]
+
+
+def _generator(device: torch.device) -> list[str]:
+    """The state of torch's generator, of the CPU and of the model's GPU."""
+    states = [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+    return [base64.b64encode(state.numpy().tobytes()).decode() for state in states]
+
+
+def _set_generator(device: torch.device, states: Sequence[str]) -> None:
+    of_cpu, *of_gpu = (torch.frombuffer(bytearray(base64.b64decode(state)), dtype=torch.uint8) for state in states)
+    torch.set_rng_state(of_cpu)
+    if of_gpu:
+        torch.cuda.set_rng_state(of_gpu[0], device)

@@ -30,8 +30,9 @@ from numpy.typing import NDArray
 from mechreward.errors import DataError
 from mechreward.rollout.batch import Call, RolloutBatch
 from mechreward.rollout.capture import text_config
-from mechreward.rollout.hf import HFSource, sample
+from mechreward.rollout.hf import HFSource, sample, samples_depend_on
 from mechreward.schema import shown
+from mechreward.unfinished import Tell, Unfinished, digest, silent
 
 Verifier = Callable[[Sequence[str], Sequence[str]], Sequence[bool | None]]
 
@@ -74,6 +75,12 @@ class Labelled:
             paraphrases=self.paraphrases and [self.paraphrases[row] for row in chosen],
         )
 
+    def fingerprint(self) -> str:
+        """Tells whether work is continued on the same rollouts."""
+        batch = self.batch
+        ids = [list(map(list, side)) for side in (batch.prompt_ids, batch.completion_ids)]
+        return digest([ids, batch.texts, self.labels.tolist(), self.groups.tolist()])
+
     def halves(self, seed: int = 0) -> tuple[Labelled, Labelled]:
         """Two halves that share no question."""
         questions, question = np.unique(self.groups, return_inverse=True)
@@ -90,6 +97,8 @@ def sample_rollouts(
     source: str,
     seed: int = 0,
     batch_size: int = 64,
+    unfinished: Unfinished | None = None,
+    tell: Tell = silent,
     **generate: Any,
 ) -> Labelled:
     """Sample the model on questions, and label each rollout by the verifier.
@@ -103,14 +112,20 @@ def sample_rollouts(
         source: What to call them in the evidence.
         seed: Of torch's generator, which is left as it was.
         batch_size: Rollouts sampled at once.
+        unfinished: Keeps the rollouts batch by batch, so that sampling can be interrupted.
+        tell: Called with the rollouts that are there, and how many there will be.
         generate: Options of HF `generate`.
 
     Raises:
         DataError: All have the same label, or the verifier decides on none.
     """
+    prompts, kept = list(questions["prompt"]), None
+    if unfinished is not None:
+        decides = samples_depend_on(model, prompts, rollouts, batch_size, seed, generate)
+        kept = unfinished.steps("rollouts", decides)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        batch = sample(model, tokenizer, list(questions["prompt"]), rollouts, batch_size, **generate)
+        batch = sample(model, tokenizer, prompts, rollouts, batch_size, kept, tell, **generate)
     verdicts = verifier(batch.texts, [gold for gold in questions["answer"] for _ in range(rollouts)])
     decided = [i for i, verdict in enumerate(verdicts) if verdict is not None]
     if not decided:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +24,13 @@ from mechreward.reward.feature_reward import FeatureReward
 from mechreward.rollout.batch import RolloutBatch
 from mechreward.rollout.hf import read_in_pieces
 from mechreward.rollout.labelled import Labelled
-
-Tell = Callable[[int, int], None]
+from mechreward.unfinished import Steps, Tell, TellStage, Unfinished, silent
 
 NAMES = ("templates", "best-of-n", "suffix", "policy", "aware")
 """The attacks, by what ``--attack`` calls them."""
 
 SEARCHED = 8
 """Rollouts on which a suffix is searched."""
-
-
-def _silent(done: int, of: int) -> None:
-    pass
 
 
 @dataclass(frozen=True)
@@ -70,7 +67,14 @@ class Ground:
         return sorted(order[:count].tolist())
 
 
-def prepare(target: Target, questions: Any, each: int, seed: int = 0) -> Ground:
+def prepare(
+    target: Target,
+    questions: Any,
+    each: int,
+    seed: int = 0,
+    unfinished: Unfinished | None = None,
+    tell: TellStage = silent,
+) -> Ground:
     """Sample clean rollouts, set the detectors' thresholds on one half of the questions, and judge the other half.
 
     Args:
@@ -78,6 +82,8 @@ def prepare(target: Target, questions: Any, each: int, seed: int = 0) -> Ground:
         questions: A dataset with columns ``prompt`` and ``answer``.
         each: Rollouts a question.
         seed: Of the halves and the sampling.
+        unfinished: Keeps the rollouts batch by batch, so that sampling can be interrupted.
+        tell: Called with the stage, what is done of it, and of how many.
 
     Raises:
         DataError: Too few questions, or rewards that are all the same.
@@ -91,8 +97,10 @@ def prepare(target: Target, questions: Any, each: int, seed: int = 0) -> Ground:
     held_out = questions.select([i for i in range(len(questions)) if questions[i]["prompt"] not in first])
     if min(len(known), len(held_out)) < 2:
         raise DataError(f"{len(questions)} questions are too few: thresholds are set on half of them. Give more.")
-    calibration = target.sampled(known, each, seed)
-    rollouts = target.sampled(held_out, each, seed + 1)
+    calibration, rollouts = (
+        target.sampled(asked, each, own, None, unfinished, name, functools.partial(tell, f"Sampling {name}"))
+        for asked, own, name in ((known, seed, "calibration rollouts"), (held_out, seed + 1, "clean rollouts"))
+    )
     target.calibrated(calibration)
     judged = target.judged(rollouts)
     if np.isnan(judged.reward).all() or np.nanstd(judged.reward) == 0:
@@ -111,8 +119,10 @@ class _PerToken(Rewards):
 
     reward: FeatureReward
 
-    def per_token(self, model: Any, batch: RolloutBatch) -> Iterator[tuple[RolloutBatch, Readings]]:
-        for piece, (readings,) in read_in_pieces(model, batch, self.readouts):
+    def per_token(
+        self, model: Any, batch: RolloutBatch, tell: Tell = silent
+    ) -> Iterator[tuple[RolloutBatch, Readings]]:
+        for piece, (readings,) in read_in_pieces(model, batch, self.readouts, tell):
             yield piece, Readings(self.reward.raw(readings)[..., None], readings.mask)
 
 
@@ -129,26 +139,39 @@ def cue_tokens(target: Target, batch: RolloutBatch) -> Cues | None:
 
 
 def by_templates(
-    ground: Ground, instances: int, families: Sequence[str] | None = None, tell: Tell = _silent
+    ground: Ground,
+    instances: int,
+    families: Sequence[str] | None = None,
+    kept: Steps | None = None,
+    tell: Tell = silent,
 ) -> list[Attack]:
-    """Every family in both styles, on at most so many held-out rollouts each."""
+    """Every family in both styles, on at most so many held-out rollouts each; ``kept`` are attacks made before."""
     rows, found = ground.some(instances), []
     before = ground.judged.take(rows)
     clean = ground.rollouts.take(rows)
     made = attacks(clean, ground.target.tokenizer, ground.cues, ground.seed, families)
-    for done, (name, batch) in enumerate(made.items(), 1):
-        found.append(Attack.of(f"templates/{name}", before, ground.target.judged(batch), ground.clean))
+
+    def carried_out(named: tuple[str, RolloutBatch]) -> str:
+        name, batch = named
+        return Attack.of(f"templates/{name}", before, ground.target.judged(batch), ground.clean).model_dump_json()
+
+    for done, attack in enumerate((Steps() if kept is None else kept).each(made.items(), carried_out), 1):
+        found.append(Attack.model_validate_json(attack))
         tell(done, len(made))
     return found
 
 
-def by_best_of_n(ground: Ground, n: int, questions: int, tell: Tell = _silent) -> Attack:
-    """The best of up to n rollouts by the reward, on at most so many held-out questions."""
+def by_best_of_n(ground: Ground, n: int, questions: int, kept: Steps | None = None, tell: Tell = silent) -> Attack:
+    """The best of up to n rollouts by the reward, on at most so many held-out questions; ``kept`` were judged."""
     target, asked = ground.target, ground.held_out.select(range(min(questions, len(ground.held_out))))
+
+    def judged(i: int) -> dict[str, Any]:
+        return target.judged(target.sampled(asked.select([i]), n, ground.seed + 1000 + i)).as_lists()
+
     each = []
-    for i in range(len(asked)):
-        each.append(target.judged(target.sampled(asked.select([i]), n, ground.seed + 1000 + i)))
-        tell(i + 1, len(asked))
+    for question in (Steps() if kept is None else kept).each(range(len(asked)), judged):
+        each.append(Judged.of_lists(question))
+        tell(len(each), len(asked))
     proxy, gold = np.stack([j.reward for j in each]), np.stack([j.right for j in each])
     points = curve(proxy, gold, np.stack([j.caught for j in each]), seed=ground.seed)
     best = [int(np.nan_to_num(row, nan=-np.inf).argmax()) for row in proxy]
@@ -168,7 +191,7 @@ def by_best_of_n(ground: Ground, n: int, questions: int, tell: Tell = _silent) -
 
 
 def by_suffix(
-    ground: Ground, instances: int, length: int = 8, steps: int = 32, width: int = 24, tell: Tell = _silent
+    ground: Ground, instances: int, length: int = 8, steps: int = 32, width: int = 24, tell: Tell = silent
 ) -> Attack:
     """One suffix on a line of its own, searched on calibration rollouts, measured on held-out ones."""
     target, tokenizer, rng = ground.target, ground.target.tokenizer, np.random.default_rng(ground.seed)
@@ -214,7 +237,7 @@ def by_policy(
     training: Any,
     folder: Path,
     alpha: float | None = None,
-    tell: Tell = _silent,
+    tell: Tell = silent,
 ) -> Attack:
     """A policy trained on the reward alone; with ``alpha``, one that knows the detectors.
 
@@ -252,6 +275,92 @@ def by_policy(
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return Attack.of(name, ground.judged, after, ground.clean, trajectory=str(file), notes=notes)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which attacks are made, and how.
+
+    Attributes:
+        attacks: Of :data:`NAMES`.
+        training: Of policies, a :class:`mechreward.hacking.redteam.policy.Training`.
+        instances: Rollouts that each template and the suffix attack.
+        families: Of templates; by default all.
+        best_of: The largest N of best-of-N.
+        best_of_questions: Questions for it.
+        suffix_length: Tokens.
+        suffix_steps: Replacements that are tried.
+        kinds: What policies train: ``lora``, ``full`` or both.
+        alpha: What standing at a detector's threshold costs an aware policy.
+    """
+
+    attacks: Sequence[str]
+    training: Any
+    instances: int = 100
+    families: Sequence[str] | None = None
+    best_of: int = 256
+    best_of_questions: int = 20
+    suffix_length: int = 8
+    suffix_steps: int = 32
+    kinds: Sequence[str] = ("lora",)
+    alpha: float = 3.0
+
+
+def carry_out(
+    plan: Plan,
+    ground: Ground,
+    model_name: str,
+    folder: Path,
+    decides: dict[str, Any],
+    unfinished: Unfinished | None = None,
+    tell: TellStage = silent,
+) -> list[Attack]:
+    """All attacks of a plan, one after the other.
+
+    Templates go on behind the last one that was finished, best-of-N behind the last question; a suffix or a policy
+    that was cut off starts again.
+
+    Args:
+        plan: Which.
+        ground: Where they start.
+        model_name: The untrained model, which policies load anew.
+        folder: For policies' trajectories.
+        decides: What the clean rollouts, the reward and the guards depend on.
+        unfinished: Keeps what is finished.
+        tell: Called with the stage, what is done of it, and of how many.
+    """
+    unfinished = unfinished or Unfinished()
+
+    def kept(name: str, **more: Any) -> Steps:
+        return unfinished.steps(name, decides | more)
+
+    found: list[Attack] = []
+    if "templates" in plan.attacks:
+        before = kept("templates", instances=plan.instances, families=plan.families)
+        found += by_templates(ground, plan.instances, plan.families, before, functools.partial(tell, "Templates"))
+    if "best-of-n" in plan.attacks:
+        before = kept("best of n", best_of=plan.best_of)
+        telling = functools.partial(tell, "Best of N")
+        found.append(by_best_of_n(ground, plan.best_of, plan.best_of_questions, before, telling))
+    if "suffix" in plan.attacks:
+        size = plan.instances, plan.suffix_length, plan.suffix_steps
+        telling = functools.partial(tell, "Suffix")
+        found.append(_once(kept("suffix", size=size), lambda: by_suffix(ground, *size, tell=telling)))
+    for which, price in (("policy", None), ("aware", plan.alpha)):
+        for kind in plan.kinds if which in plan.attacks else ():
+            name, telling = f"{which} {kind}", functools.partial(tell, f"Training ({which}, {kind})")
+            before = kept(name, training=asdict(plan.training), alpha=price)
+            attack = functools.partial(by_policy, ground, model_name, kind, plan.training, folder, price, telling)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # of transformers, about its own options
+                found.append(_once(before, attack))
+    return found
+
+
+def _once(kept: Steps, attack: Callable[[], Attack]) -> Attack:
+    """An attack that is kept when it is finished, and not before."""
+    (told,) = kept.each([attack], lambda made: made().model_dump_json())
+    return Attack.model_validate_json(told)
 
 
 def _together(each: Sequence[Judged]) -> Judged:

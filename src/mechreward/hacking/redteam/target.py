@@ -17,8 +17,9 @@ from mechreward.reward.base import Reward
 from mechreward.reward.feature_reward import lowered
 from mechreward.reward.guards import Guard, RepetitionDetector
 from mechreward.rollout.batch import RolloutBatch
-from mechreward.rollout.hf import HFSource, sample
+from mechreward.rollout.hf import HFSource, sample, samples_depend_on
 from mechreward.schema import shown
+from mechreward.unfinished import Tell, Unfinished, silent
 
 ROWS = 128
 """Rollouts that are read and judged at once: about a training step's."""
@@ -59,6 +60,19 @@ class Judged:
         flags = {name: flagged[rows] for name, flagged in self.flags.items()}
         return Judged(self.reward[rows], self.guarded[rows], self.right[rows], flags)
 
+    def as_lists(self) -> dict[str, Any]:
+        """The same as lists, for JSON."""
+        flags = {name: flagged.tolist() for name, flagged in self.flags.items()}
+        figures = {name: getattr(self, name).tolist() for name in ("reward", "guarded", "right")}
+        return figures | {"flags": flags}
+
+    @classmethod
+    def of_lists(cls, lists: Mapping[str, Any]) -> Judged:
+        """What :meth:`as_lists` gave."""
+        flags = {name: np.array(flagged, dtype=bool) for name, flagged in lists["flags"].items()}
+        reward, guarded, right = (np.array(lists[name]) for name in ("reward", "guarded", "right"))
+        return cls(reward, guarded, right, flags)
+
 
 @dataclass(frozen=True)
 class Target:
@@ -98,17 +112,27 @@ class Target:
         source = HFSource(self.model if model is None else model, self.tokenizer, reference=self.model)
         return source.read(batch, requests)
 
-    def sampled(self, questions: Any, rollouts: int, seed: int, model: Any = None) -> RolloutBatch:
+    def sampled(
+        self,
+        questions: Any,
+        rollouts: int,
+        seed: int,
+        model: Any = None,
+        unfinished: Unfinished | None = None,
+        name: str = "rollouts",
+        tell: Tell = silent,
+    ) -> RolloutBatch:
         """Rollouts on questions with columns ``prompt`` and :data:`GOLD`, groups contiguous.
 
-        Torch's generator is left as it was.
+        Torch's generator is left as it was. What ``unfinished`` keeps under ``name`` is not sampled again.
         """
-        policy = self.model if model is None else model
+        policy, prompts, kept = self.model if model is None else model, list(questions["prompt"]), None
+        if unfinished is not None:
+            decides = samples_depend_on(policy, prompts, rollouts, self.batch_size, seed, self.generate)
+            kept = unfinished.steps(name, decides)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            batch = sample(
-                policy, self.tokenizer, list(questions["prompt"]), rollouts, self.batch_size, **self.generate
-            )
+            batch = sample(policy, self.tokenizer, prompts, rollouts, self.batch_size, kept, tell, **self.generate)
         golds = [gold for gold in questions[GOLD] for _ in range(rollouts)]
         return replace(batch, columns={GOLD: golds})
 

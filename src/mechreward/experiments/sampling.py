@@ -1,0 +1,144 @@
+"""Rollouts for a command: read from a file, or sampled on questions and labelled by a verifier."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from mechreward import pocket, verifiers
+from mechreward.errors import ConfigError, DataError, nearest
+from mechreward.experiments.config import Source
+from mechreward.experiments.data import load
+from mechreward.features.discover import digest
+from mechreward.rollout.labelled import Labelled, holds_rollouts, read_rollouts, sample_rollouts, write_rollouts
+from mechreward.schema import most_telling, sentence
+from mechreward.unfinished import TellStage, Unfinished, silent
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How rollouts are sampled and labelled.
+
+    Attributes:
+        verifier: Name of one of :mod:`mechreward.verifiers`.
+        split: Of the dataset; by default ``train``, or pocket's own for discovery or gate.
+        subset: The hub dataset's configuration.
+        prompt: What the model reads, with the dataset's columns in braces.
+        answer: The column with the gold answer.
+        questions: So many at most.
+        rollouts: Of each question.
+        max_new_tokens: The longest completion.
+        batch_size: Rollouts sampled at once.
+        seed: Of the sampling.
+        keep: A .jsonl for the labelled rollouts.
+    """
+
+    verifier: str
+    split: str | None
+    subset: str | None
+    prompt: str
+    answer: str
+    questions: int
+    rollouts: int
+    max_new_tokens: int
+    batch_size: int
+    seed: int
+    keep: Path | None = None
+
+    @property
+    def generate(self) -> dict[str, Any]:
+        """For `generate`: as a training run samples, whatever the model's own settings are."""
+        return {
+            "do_sample": True,
+            "temperature": 1.0,
+            "top_k": 0,
+            "top_p": 1.0,
+            "repetition_penalty": 1.0,
+            "max_new_tokens": self.max_new_tokens,
+        }
+
+    def check(self) -> None:
+        """Before anything is loaded.
+
+        Raises:
+            ConfigError: There is no such verifier.
+        """
+        if self.verifier not in verifiers.__all__:
+            raise ConfigError(f"There is no verifier '{self.verifier}'.{nearest(self.verifier, verifiers.__all__)}")
+
+    def labelled(
+        self,
+        model: Any,
+        tokenizer: Any,
+        data: str,
+        of_pocket: str,
+        used: Collection[str] = (),
+        unfinished: Unfinished | None = None,
+        tell: TellStage = silent,
+    ) -> Labelled:
+        """Rollouts from a file, or sampled on questions that were not used before, and labelled by the verifier.
+
+        Args:
+            model: It writes the rollouts.
+            tokenizer: Its tokenizer.
+            data: A .jsonl of rollouts or of questions, ``mechreward/pocket``, or a dataset of the hub.
+            of_pocket: Which of pocket's splits, where none is named.
+            used: Digests of questions that must not be asked.
+            unfinished: Keeps the rollouts batch by batch, so that sampling can be interrupted.
+            tell: Called with the stage, what is done of it, and of how many.
+
+        Raises:
+            DataError: The data cannot be read, all was used before, or all rollouts have the same label.
+            ConfigError: An option has an impossible value.
+        """
+        if data.endswith(".jsonl") and holds_rollouts(Path(data)):
+            return read_rollouts(data, model, tokenizer)
+        self.check()
+        found, split = self.asked(data, of_pocket, len(used))
+        fresh = [i for i, asked in enumerate(found["prompt"]) if digest(asked) not in used][: self.questions]
+        if len(fresh) < 2:
+            raise DataError(
+                f"Discovery has used the questions of {data} ({split}): gate on others, or another --split."
+            )
+        asked = found.select(fresh)
+        labelled = sample_rollouts(
+            model,
+            tokenizer,
+            asked,
+            getattr(verifiers, self.verifier),
+            self.rollouts,
+            f"{len(asked) * self.rollouts} rollouts on {data} ({split}), seed {self.seed}, by {self.verifier}",
+            self.seed,
+            self.batch_size,
+            unfinished,
+            functools.partial(tell, "Sampling rollouts"),
+            **self.generate,
+        )
+        if self.keep is not None:
+            write_rollouts(labelled, self.keep)
+        return labelled
+
+    def asked(self, data: str, of_pocket: str, more: int = 0) -> tuple[Any, str]:
+        """The questions, as a dataset with columns ``prompt`` and ``answer``, ``more`` than are wanted; their split.
+
+        Raises:
+            ConfigError: They cannot be loaded, or lack a column.
+        """
+        ours = pocket.resolve(data) == pocket.path()
+        try:
+            source = Source(
+                path=data,
+                subset=self.subset,
+                split=self.split or (of_pocket if ours else "train"),
+                rows=self.questions + more,
+                prompt=self.prompt,
+                answer=self.answer,
+            )
+        except ValidationError as error:
+            raise ConfigError(f"--data: {sentence(most_telling(error), Source, 'source')}") from None
+        return load([source]), source.split
