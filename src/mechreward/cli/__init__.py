@@ -1,4 +1,4 @@
-"""The command line: ``mechreward packs``, ``discover``, ``gate``, ``features``, ``probe``, ``redteam``, ``serve``."""
+"""The command line."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from mechreward.cli.probe import probe
 from mechreward.cli.redteam import redteam
 from mechreward.cli.report import report
 from mechreward.cli.serve import serve
+from mechreward.cli.train import train
+from mechreward.cli.watch import watch
 from mechreward.errors import MechRewardError
 
 
@@ -46,6 +48,8 @@ class OneSentence(TyperGroup):
 
 app = typer.Typer(cls=OneSentence, no_args_is_help=True, pretty_exceptions_enable=False)
 app.command()(discover)
+app.command()(train)
+app.command()(watch)
 app.command()(gate)
 app.command()(redteam)
 app.command()(report)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib
 import os
 import shutil
 import subprocess
@@ -57,6 +58,9 @@ from mechreward.schema import shown
 TRACED = 40
 """Test rollouts that are kept with their readings at each evaluation."""
 
+Progress = Callable[[str, int, int], None]
+"""(run, steps done, of) -> None"""
+
 Outfitter = Callable[[Any, str, int, Path], arms.Outfit]
 """(configuration, arm, seed, folder) -> what the run is trained with."""
 
@@ -70,6 +74,8 @@ def run(
     seed: int,
     tell: Callable[[str], None] = print,
     outfit: Outfitter = arms.outfit,
+    report_to: Sequence[str] = (),
+    progress: Progress | None = None,
 ) -> Path:
     """Train one arm with one seed, or go on where it was interrupted; a finished run is left as it is.
 
@@ -79,6 +85,8 @@ def run(
         seed: Decides the order of questions and the sampling.
         tell: Called with a line at each evaluation.
         outfit: What the arm is trained with.
+        report_to: Trackers that TRL logs to, by its names.
+        progress: Called after each step.
 
     Returns:
         The run's folder.
@@ -91,7 +99,7 @@ def run(
         raise ConfigError("Experiments run in one process: start them with python, not with torchrun or accelerate.")
     if torch.cuda.device_count() > 1:
         raise ConfigError("Experiments run on one GPU, and several are visible: set CUDA_VISIBLE_DEVICES=0, say.")
-    folder = Path(config.output) / arm / f"seed-{seed}"
+    folder = folder_of(config, arm, seed)
     decides = config.run(arm, seed)
     if (folder / "config.yaml").exists():
         claim(folder, decides)
@@ -107,7 +115,7 @@ def run(
     claim(folder, decides)  # only now: what can't be loaded leaves no folder behind
     trainer = MechRewardGRPOTrainer(
         model=pocket.resolve(config.model),
-        args=_trl_config(config, arm, seed, folder, fitted.beta),
+        args=_trl_config(config, arm, seed, folder, fitted.beta, report_to),
         train_dataset=questions,
         reward_funcs=fitted.reward,
         guards=fitted.guards,
@@ -119,6 +127,8 @@ def run(
     _forget_after(folder, -1 if checkpoint is None else _step_of(checkpoint))
     recorder = Recorder(folder, f"{arm}, seed {seed}", config, trainer, test, watched, tell)
     trainer.add_callback(recorder)
+    if progress is not None:
+        trainer.add_callback(_Progress(partial(progress, f"{arm}, seed {seed}")))
     write_json(folder / ENVIRONMENT, environment())
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if trainer.state.global_step != config.training.max_steps:
@@ -186,7 +196,7 @@ def first_difference(old: Any, new: Any, key: str = "") -> tuple[str, Any, Any]:
 
 
 def _trl_config(
-    config: ExperimentConfig, arm: str, seed: int, folder: Path, beta: float | None
+    config: ExperimentConfig, arm: str, seed: int, folder: Path, beta: float | None, report_to: Sequence[str]
 ) -> MechRewardGRPOConfig:
     t = config.training
     return MechRewardGRPOConfig(
@@ -210,7 +220,8 @@ def _trl_config(
         logging_steps=1,
         save_steps=config.evaluation.every,
         save_total_limit=2,  # the last may be cut off in the middle
-        report_to=[],
+        report_to=list(report_to),
+        run_name=f"{arm}-seed-{seed}",
         disable_tqdm=True,
     )
 
@@ -243,6 +254,19 @@ def _forget_after(folder: Path, step: int) -> None:
     """Drop what was recorded after a step: it is about to be computed again."""
     for name in (METRICS, TRACE, "evaluations.jsonl", "samples.jsonl", arms.ROLLOUTS):
         forget_after(folder / name, step)
+
+
+class _Progress(transformers.TrainerCallback):
+    """Says how far a training is."""
+
+    def __init__(self, say: Callable[[int, int], None]):
+        self.say = say
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.say(state.global_step, state.max_steps)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.say(state.global_step, state.max_steps)
 
 
 # -- what is recorded -------------------------------------------------------------------------------------------------
@@ -288,8 +312,18 @@ class Recorder(transformers.TrainerCallback):
             figures["greedy_accuracy"] = greedy["accuracy"]
         append(self.folder / "samples.jsonl", [{"step": step, **row} for row in rows])
         append(self.folder / "evaluations.jsonl", [{"step": step, **figures}])
+        self._report(figures)
         self.last = figures
         self.tell(f"{self.name}, step {step:>3}: {figures['accuracy']:.3f} right{self._time_left(step)}")
+
+    def _report(self, figures: dict[str, float]) -> None:
+        """Show an evaluation to the trackers, which call it ``eval/...``.
+
+        Not by ``trainer.log``: it would log the step's training figures along, before the step has all of them.
+        """
+        trainer = self.trainer
+        logs = {f"eval_{name}": value for name, value in figures.items()}
+        trainer.callback_handler.call_event("on_log", trainer.args, trainer.state, trainer.control, logs=logs)
 
     def _time_left(self, step: int) -> str:
         if step == 0 or step <= self.first:
@@ -412,28 +446,13 @@ def main(
     )
     parser.add_argument("--debug", action="store_true", help="show where an error comes from")
     options = parser.parse_args()
-    warnings.filterwarnings("ignore")
-    warnings.filterwarnings("default", module=r"mechreward\.")  # ours are about the experiment
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    require("datasets", "trl").disable_progress_bars()
     try:
-        if options.jobs < 1:
-            raise ConfigError(f"--jobs {options.jobs} is not possible: give the number of runs at a time, 1 or more.")
         config = read_config(options.config, schema)
         if (wrong := fits(config)) is not None:
             raise ConfigError(f"{options.config}: {wrong}")
         grid = chosen_runs(config, options.arm, options.seed)
-        for pack in map(load_pack, arms.packs_of(config)):
-            if pack.status == "candidate":
-                print(f"{pack.name} is a candidate pack: {pack.status_reason}")
-        if options.jobs == 1 or len(grid) == 1:
-            for arm, seed in grid:
-                run(config, arm, seed, outfit=outfit)
-                gc.collect()  # a trainer and its model hold each other; on a GPU the next would not fit beside them
-                torch.cuda.empty_cache()
-        else:
-            _in_processes(options, config, grid)
+        command = [sys.executable, sys.argv[0], "--config", str(options.config)]
+        carry_out(config, grid, options.jobs, [*command, *(["--debug"] if options.debug else [])], outfit=outfit)
     except MechRewardError as error:
         if options.debug:
             raise
@@ -441,6 +460,75 @@ def main(
     except KeyboardInterrupt:
         sys.exit("\nInterrupted. The same command goes on from the last checkpoint.")
     print(f"Runs: {Path(config.output).resolve()}. {afterwards} {config.output}")
+
+
+def carry_out(
+    config: ExperimentConfig,
+    grid: Sequence[tuple[str, int]],
+    jobs: int,
+    command: Sequence[str],
+    tell: Callable[[str], None] = print,
+    outfit: Outfitter = arms.outfit,
+    report_to: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> list[Path]:
+    """Make an experiment's runs.
+
+    Args:
+        config: The experiment.
+        grid: Arm and seed of each run.
+        jobs: Runs at a time; several are processes of their own.
+        command: Starts such a process; ``--arm`` and ``--seed`` follow.
+        tell, outfit, report_to, progress: As for :func:`run`; processes have their own.
+
+    Returns:
+        The runs' folders.
+
+    Raises:
+        MechRewardError: A run cannot be made.
+    """
+    if jobs < 1:
+        raise ConfigError(f"--jobs {jobs} is not possible: give the number of runs at a time, 1 or more.")
+    warnings.filterwarnings("ignore")
+    warnings.filterwarnings("default", module=r"mechreward\.")  # ours are about the experiment
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    require("datasets", "trl").disable_progress_bars()
+    for pack in map(load_pack, arms.packs_of(config)):
+        if pack.status == "candidate":
+            tell(f"{pack.name} is a candidate pack: {pack.status_reason}")
+    if jobs > 1 and len(grid) > 1:
+        _in_processes(command, jobs, grid)
+        return [folder_of(config, arm, seed) for arm, seed in grid]
+    folders = []
+    for arm, seed in grid:
+        folders.append(run(config, arm, seed, tell, outfit, report_to, progress))
+        if "wandb" in report_to:
+            importlib.import_module("wandb").finish()  # else the next run would be logged into this one
+        gc.collect()  # a trainer and its model hold each other; on a GPU the next would not fit beside them
+        torch.cuda.empty_cache()
+    return folders
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Find out before a training what it cannot log to.
+
+    Raises:
+        ConfigError: TRL does not know it, or it is not installed.
+    """
+    from transformers.integrations.integration_utils import (
+        INTEGRATION_TO_CALLBACK,
+        get_available_reporting_integrations,
+    )
+
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise ConfigError(f"TRL cannot report to '{name}'.{nearest(name, INTEGRATION_TO_CALLBACK)}")
+        if name not in get_available_reporting_integrations():
+            raise ConfigError(
+                f"The tracker {name} is not installed or is switched off: run pip install {name}, or leave it out of "
+                "--report-to."
+            )
 
 
 def chosen_runs(config: ExperimentConfig, only: list[str] | None, seeds: list[int] | None) -> list[tuple[str, int]]:
@@ -461,17 +549,21 @@ def chosen_runs(config: ExperimentConfig, only: list[str] | None, seeds: list[in
     return list(dict.fromkeys(wanted))
 
 
-def _in_processes(options: argparse.Namespace, config: ExperimentConfig, grid: list[tuple[str, int]]) -> None:
+def folder_of(config: ExperimentConfig, arm: str, seed: int) -> Path:
+    """Where a run lies."""
+    return Path(config.output) / arm / f"seed-{seed}"
+
+
+def _in_processes(command: Sequence[str], jobs: int, grid: Sequence[tuple[str, int]]) -> None:
     """Every run in a process of its own, so many at a time; the cores are shared out among them."""
-    threads = max(1, (os.cpu_count() or 1) // options.jobs)
+    threads = max(1, (os.cpu_count() or 1) // jobs)
     surroundings = {**os.environ, "OMP_NUM_THREADS": str(threads)}
 
     def one(which: tuple[str, int]) -> int:
         arm, seed = which
-        command = [sys.executable, sys.argv[0], "--config", str(options.config), "--arm", arm, "--seed", str(seed)]
-        return subprocess.run([*command, *(["--debug"] if options.debug else [])], env=surroundings).returncode
+        return subprocess.run([*command, "--arm", arm, "--seed", str(seed)], env=surroundings).returncode
 
-    with ThreadPoolExecutor(options.jobs) as pool:
+    with ThreadPoolExecutor(jobs) as pool:
         failed = [which for which, code in zip(grid, pool.map(one, grid), strict=True) if code]
     if failed:
         names = ", ".join(f"{arm} seed {seed}" for arm, seed in failed)
