@@ -81,16 +81,15 @@ def train(
     """
     try:
         with contextlib.redirect_stdout(sys.stderr):  # trackers say things, and stdout is for what is asked for
-            folders, output = _train(ctx, config, arm, seed, jobs, report_to or [])
+            folders, made_in = _train(ctx, config, arm, seed, jobs, report_to or [])
     except KeyboardInterrupt:
         typer.echo("\nInterrupted. The same command goes on from the last checkpoint.", err=True)
         raise typer.Exit(130) from None
     if as_json:
         typer.echo(json.dumps([str(folder) for folder in folders]))
         return
-    for folder in folders:
-        console.print(f"Run: {folder}", soft_wrap=True, markup=False, highlight=False)
-    console.print(f"Next: mechreward report {output}", soft_wrap=True, markup=False, highlight=False)
+    said = [f"Run: {folder}" for folder in folders] + [f"Next: mechreward report {made_in}"]
+    console.print("\n".join(said), soft_wrap=True, markup=False, highlight=False)
 
 
 def _train(
