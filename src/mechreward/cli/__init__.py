@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 
 from mechreward.cli.common import Interrupted
 from mechreward.cli.doctor import doctor
+from mechreward.cli.evaluate import evaluate
 from mechreward.cli.features import features
 from mechreward.cli.find import discover, gate
 from mechreward.cli.packs import packs
@@ -55,6 +56,7 @@ app.command()(redteam)
 app.command()(report)
 app.command()(serve)
 app.command()(doctor)
+app.command("eval")(evaluate)
 app.add_typer(packs, name="packs")
 app.add_typer(features, name="features")
 app.add_typer(probe, name="probe")

@@ -16,7 +16,17 @@ from mechreward.unfinished import TellStage, Unfinished
 
 console = Console()
 
-Name = Annotated[str, typer.Argument(help="A pack of the catalogs, or a path to its JSON file.")]
+
+def _packs_that_begin(typed: str) -> list[str]:
+    from mechreward.features.catalog import shipped_packs
+
+    return [name for name in shipped_packs() if name.startswith(typed)]
+
+
+Name = Annotated[
+    str,
+    typer.Argument(help="A pack of the catalogs, or a path to its JSON file.", autocompletion=_packs_that_begin),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Verifier = Annotated[str, typer.Option(help="What labels sampled rollouts: math_boxed, gsm8k or exact_match.")]
 Split = Annotated[str | None, typer.Option(help="The dataset's split, e.g. train[:500].")]

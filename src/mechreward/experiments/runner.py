@@ -489,11 +489,7 @@ def carry_out(
     """
     if jobs < 1:
         raise ConfigError(f"--jobs {jobs} is not possible: give the number of runs at a time, 1 or more.")
-    warnings.filterwarnings("ignore")
-    warnings.filterwarnings("default", module=r"mechreward\.")  # ours are about the experiment
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    require("datasets", "trl").disable_progress_bars()
+    quiet()
     for pack in map(load_pack, arms.packs_of(config)):
         if pack.status == "candidate":
             tell(f"{pack.name} is a candidate pack: {pack.status_reason}")
@@ -508,6 +504,15 @@ def carry_out(
         gc.collect()  # a trainer and its model hold each other; on a GPU the next would not fit beside them
         torch.cuda.empty_cache()
     return folders
+
+
+def quiet() -> None:
+    """What other libraries say while they work would hide what is asked for."""
+    warnings.filterwarnings("ignore")
+    warnings.filterwarnings("default", module=r"mechreward\.")  # ours are about the experiment
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    require("datasets", "trl").disable_progress_bars()
 
 
 def check_trackers(names: Sequence[str]) -> None:
