@@ -498,7 +498,7 @@ def carry_out(
         return [folder_of(config, arm, seed) for arm, seed in grid]
     folders = []
     for arm, seed in grid:
-        folders.append(run(config, arm, seed, tell, outfit, report_to, progress))
+        folders.append(run(config, arm, seed, tell=tell, outfit=outfit, report_to=report_to, progress=progress))
         if "wandb" in report_to:
             importlib.import_module("wandb").finish()  # else the next run would be logged into this one
         gc.collect()  # a trainer and its model hold each other; on a GPU the next would not fit beside them
