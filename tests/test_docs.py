@@ -44,7 +44,7 @@ QUICK = ["README.md", "docs/quickstart.md", "docs/concepts.md", "docs/your_model
 SHORTER = {
     "mechreward discover": "--questions 100 --rollouts 2 --permutations 100",
     "mechreward gate": "--questions 100 --rollouts 2",
-    "mechreward redteam": "--questions 60 --family filler --best-of 8 --best-of-questions 4",
+    "mechreward redteam": "--questions 60 --family filler_dilution --best-of 8 --best-of-questions 4",
     "mechreward features show": "--texts 20",
     "mechreward probe train": "--layers 2,3",
     "recipes/trl/train.py": "--steps 1",
@@ -337,3 +337,41 @@ def test_calculations_are_labelled_as_the_page_on_saes_says():
     done = subprocess.run([sys.executable, "-c", script], input=lines, capture_output=True, text=True, check=True)
     labels = {row["completion"]: row["label"] for row in map(json.loads, done.stdout.splitlines())}
     assert labels == {rows[0]: True, rows[1]: False, rows[3]: True}
+
+
+def messages() -> list[str]:
+    """Every text in the library's source, ``{}`` in the place of what is put into it."""
+    found = []
+    for file in (ROOT / "src").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                parts = [part.value if isinstance(part, ast.Constant) else "{}" for part in node.values]
+                found.append("".join(map(str, parts)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(re.sub(r"%[.\d]*[sdf]", "{}", node.value).replace("%%", "%"))
+    return found
+
+
+def test_the_messages_that_the_faq_quotes_exist():
+    quoted = re.findall(r"^> (.*)$", (ROOT / "docs" / "faq.md").read_text(), re.MULTILINE)
+    assert len(quoted) > 20
+    sources = messages()
+    for said in quoted:
+        assert any(_holds(source, said.split("...")) for source in sources), f"The library does not say: {said}"
+
+
+def _holds(text: str, parts: list[str]) -> bool:
+    """Whether all parts stand in the text, one after the other."""
+    at = 0
+    for part in parts:
+        if (at := text.find(part, at)) < 0:
+            return False
+        at += len(part)
+    return True
+
+
+def test_the_reference_names_everything_that_is_imported_by_name():
+    import mechreward
+
+    table = (ROOT / "docs" / "api" / "index.md").read_text()
+    assert set(re.findall(r"^\| `mr\.(\w+)`", table, re.MULTILINE)) == set(mechreward.__all__)
