@@ -25,8 +25,6 @@ def on_config(config: Any) -> None:
     """Put the pages of the API reference into the navigation."""
     section = next(entry["API reference"] for entry in config.nav if "API reference" in entry)
     section += [f"api/{part}.md" for part in parts()]
-    options = config.plugins["mkdocstrings"].config.handlers["python"]["options"]
-    options["extensions"] = [WithoutRoles()]
 
 
 def on_files(files: Files, config: Any) -> Files:
