@@ -375,3 +375,18 @@ def test_the_reference_names_everything_that_is_imported_by_name():
 
     table = (ROOT / "docs" / "api" / "index.md").read_text()
     assert set(re.findall(r"^\| `mr\.(\w+)`", table, re.MULTILINE)) == set(mechreward.__all__)
+
+
+@pytest.mark.slow
+def test_the_site_builds_and_loads_nothing_from_elsewhere(tmp_path):
+    mkdocs = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", str(tmp_path)]
+    subprocess.run(mkdocs, cwd=ROOT, env=environment(), check=True, timeout=250)
+    pages = list(tmp_path.rglob("*.html"))
+    assert len(pages) > 30
+    loads = re.compile(
+        r"<(?:script|img|iframe|source)\b[^>]*\bsrc=\"(\w+:|//)[^>]*|<link\b[^>]*\bhref=\"(\w+:|//)[^>]*"
+    )
+    for page in pages:
+        assert not loads.search(page.read_text(encoding="utf-8")), page
+    for sheet in tmp_path.rglob("*.css"):
+        assert not re.search(r"@import|url\([\"']?(https?:|//)", sheet.read_text(encoding="utf-8")), sheet
