@@ -52,7 +52,7 @@ SHORTER = {
 }
 """Options that a test adds to a command; the last ones count."""
 
-CUT = {"max_steps": 2, "questions": 30}
+CUT = {"max_steps": 2, "questions": 30, "discovery, rows": 60}
 """What experiments' configurations are cut down to."""
 
 SCHEMAS: dict[str, Callable[[Any], object]] = {"pack": FeaturePack.model_validate}
@@ -206,7 +206,11 @@ def short(monkeypatch, tmp_path) -> Path:
         shutil.copytree(ROOT / name, tmp_path / name)
         for config in (tmp_path / name).rglob("pocket.yaml" if name == "experiments" else "*.yaml"):
             config.write_text(
-                re.sub(r"\b(max_steps|questions): \d+", lambda m: f"{m[1]}: {CUT[m[1]]}", config.read_text())
+                re.sub(
+                    r"\b(max_steps|questions|discovery, rows): \d+",
+                    lambda m: f"{m[1]}: {CUT[m[1]]}",
+                    config.read_text(),
+                )
             )
     monkeypatch.chdir(tmp_path)
     return tmp_path
