@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-slow test-browser test-engines test-vllm test-verl lint pocket clean
+.PHONY: demo test test-slow test-browser test-engines test-vllm test-verl lint docs pocket clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python scripts/demo.py
@@ -38,6 +38,10 @@ lint: $(VENV)/.dev
 	$(BIN)/lint-imports
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+# The documentation as a site, in site/: open site/index.html. A link that leads nowhere is an error.
+docs: $(VENV)/.dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
 # Makes the embedded model again from nothing; goes on where it was interrupted.
 pocket: $(VENV)/.dev
 	$(BIN)/python scripts/build_pocket.py
@@ -61,4 +65,4 @@ $(VENV)/.dev: $(VENV)/.venv pyproject.toml constraints.txt
 	touch $@ $(VENV)/.demo
 
 clean:
-	rm -rf $(VENV) dist demo
+	rm -rf $(VENV) dist demo site
