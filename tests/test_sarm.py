@@ -1,8 +1,16 @@
 """SARM: every formula against hand-worked or float64 arithmetic, gradients of every train mode, the cut model."""
 
+import functools
 import gzip
+import hashlib
+import itertools
 import json
 import math
+import random
+import re
+import runpy
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,10 +19,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from mechreward import verifiers
 from mechreward.baselines import sarm
 from mechreward.baselines.preferences import Preference, preference, read_preferences, write_preferences
 from mechreward.baselines.sarm import Recipe, Sarm, SarmReward, SarmSettings, Tokens, TopKSAE, z_score
 from mechreward.errors import ConfigError, DataError, ModelMismatchError, SAEError
+from mechreward.experiments import sarm as sarm_experiment
+from mechreward.experiments import sarm_results
+from mechreward.experiments.config import read_config
+from mechreward.experiments.sarm import SarmConfig
+from mechreward.pocket.questions import OTHER_WORDING, WORDING, questions, reasoning_question
 from mechreward.rollout.capture import decoder_layers
 from mechreward.rollout.hf import load_model
 
@@ -665,3 +679,247 @@ def test_guards_can_only_lower_it():
     guarded = batch.guarded(torch.full((8,), 0.25), torch.zeros(8, dtype=torch.bool), [[]] * 8)
     assert torch.allclose(reward.score(guarded, {}).values, torch.where(raw > 0, 0.25 * raw, raw))
     assert torch.allclose(reward.score(guarded, {}, sense=-1).values, torch.where(raw < 0, 0.25 * raw, raw))
+
+
+# -- the experiment ----------------------------------------------------------------------------------------------------
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted((ROOT / "configs").rglob("sarm.yaml"))
+TINY = """\
+output: {0}
+name: tiny
+model: mechreward/pocket
+train: {{path: mechreward/pocket, split: discovery, rows: 24}}
+test:
+  in distribution: {{path: mechreward/pocket, split: gate, rows: 24}}
+reward_model:
+  layers: 2
+  latents: 64
+  k: 4
+  pretraining: {{corpus: 60, batch_size: 30}}
+  learning_rate: 1e-3
+  frozen_learning_rates: [1e-3, 1e-2]
+  epochs: 1
+  batch_size: 8
+main: sarm
+cells:
+  sarm: {{head: sarm, mode: 3, use_topk: false, encoder: sequence}}
+  token: {{head: sarm, mode: 0, use_topk: true, encoder: token}}
+  dense: {{head: dense, mode: 0}}
+  shuffled: {{head: sarm, mode: 0, use_topk: true, encoder: random, shuffled: true}}
+  features: {{head: features, pack: pocket/reasoning_pack}}
+  length: {{head: length}}
+grpo:
+  output: {0}/grpo
+  model: mechreward/pocket
+  watch: [pocket/reasoning_pack]
+  data:
+    train: [{{path: mechreward/pocket, split: train, rows: 8}}]
+    discovery: [{{path: mechreward/pocket, split: discovery, rows: 4}}]
+    test: [{{path: mechreward/pocket, split: test, rows: 6}}]
+  training: {{max_steps: 1, prompts_per_step: 2, num_generations: 2, max_completion_length: 16, learning_rate: 1e-4}}
+  evaluation: {{every: 1}}
+  arms:
+    outcome: {{outcome: 1.0}}
+    sarm: {{cell: sarm}}
+  seeds: [0, 1]
+seeds: [0, 1]
+"""
+
+
+def tiny_config(folder, *changes):
+    text = TINY.format(folder)
+    for old, new in changes:
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    (folder / "sarm.yaml").write_text(text)
+    return folder / "sarm.yaml"
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.parent.name)
+def test_shipped_configurations_load(file):
+    config = read_config(file, SarmConfig)
+    assert config.cells[config.main].encoder == "sequence"
+    heads = {cell.head for cell in config.cells.values()}
+    assert {"sarm", "dense"} <= heads
+    assert len(config.seeds) >= 3 or "NOT RUN BY US" in file.read_text()
+
+
+def test_as_published():
+    """SCIENCE's figures of the paper and its released recipe."""
+    config = read_config(ROOT / "configs/llama-3.1-8b/sarm.yaml", SarmConfig)
+    s = config.reward_model
+    assert (s.layers, s.latents, s.k, s.rec_lambda) == (16, 65536, 192, 1.0)
+    assert (s.learning_rate, s.warmup, s.weight_decay, s.epochs) == (2e-6, 0.03, 1e-3, 3)
+    assert (s.batch_size, s.micro_batch, s.max_length, s.bf16) == (1 * 64 * 4, 1, 4096, True)
+    cell = config.cells["sarm"]
+    assert (cell.mode, cell.use_topk) == (3, False) and config.model == "meta-llama/Llama-3.1-8B-Instruct"
+
+
+def test_grpo_has_the_budget_of_experiment_03():
+    grpo, hybrid = read_config(ROOT / "configs/sarm.yaml", SarmConfig).grpo, read_config(ROOT / "configs/hybrid.yaml")
+    assert grpo.budget() == hybrid.budget() and set(grpo.seeds) <= set(hybrid.seeds)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "part"),
+    [
+        ("mode: 3, use_topk: false,", "mode: 3,", "needs use_topk"),
+        ("dense: {head: dense, mode: 0}", "dense: {head: dense, mode: 0, use_topk: true}", "has no use_topk"),
+        ("mode: 3, use_topk", "mode: 4, use_topk", "is 4"),
+        ("main: sarm", "main: sram", "no such cell"),
+        ("main: sarm", "main: length", "which is not trained"),
+        ("sarm: {cell: sarm}", "sarm: {cell: sarm, outcome: 1.0}", "rewarded alone"),
+        ("sarm: {cell: sarm}", "sarm: {scale_rewards: group}", "rewards nothing"),
+        ("seeds: [0, 1]\nseeds: [0, 1]", "seeds: [0, 1]\nseeds: [0]", "no reward models of seed 1"),
+        ("split: discovery, rows: 24", "split: discovery", "say how many"),
+        ("layers: 2", "layres: 2", "Did you mean 'layers'"),
+    ],
+)
+def test_wrong_configurations(tmp_path, old, new, part):
+    with pytest.raises(ConfigError, match=part) as caught:
+        read_config(tiny_config(tmp_path, (old, new)), SarmConfig)
+    assert "sarm.yaml, line " in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_other_wordings_leave_the_questions_as_they_were():
+    """A fingerprint of what the generator made before it knew of other steps and wordings."""
+    digest = hashlib.sha256()
+    for split in ("corpus", "train", "gate", "test"):
+        for kind in ("reasoning", "retrieval"):
+            for seed in (0, 3):
+                for question in itertools.islice(questions(split, seed, kind), 60):
+                    digest.update(repr(question).encode())
+            for question in itertools.islice(questions(split, 1, kind, 9), 60):
+                digest.update(repr(question).encode())
+    assert digest.hexdigest() == "8dea035728deb71c678fe446fee7e88ba730e9d98296e1ee374e4062a60ac858"
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6), st.booleans())
+def test_longer_and_otherwise_worded_problems_are_problems(seed, other):
+    """The solution's steps end at the answer, stay in 0..99, and every quantity of them is told."""
+    question = reasoning_question(random.Random(seed), steps=(5, 6), wording=OTHER_WORDING if other else WORDING)
+    assert len(question.changes) in (5, 6)
+    totals = list(itertools.accumulate(question.changes, initial=question.start))
+    assert str(totals[-1]) == question.answer and all(0 <= total <= 99 for total in totals)
+    told = [int(n) for n in re.findall(r"\d+", question.prompt)]
+    assert sorted(told) == sorted([question.start, *map(abs, question.changes), *question.distractors])
+    assert question.prompt.startswith("Question: How many") == other
+
+
+class FromPairs(sarm_experiment.Workshop):
+    """A workshop whose pairs are given: longer answers are preferred, whatever they say."""
+
+    @functools.cached_property
+    def sets(self):
+        _, tokenizer = self.untrained
+        made = {}
+        for name, first in (("train", 0), ("in distribution", 40)):
+            pairs = [Preference(f"Question {n // 2}:", f" {n} {n} {n}", f" {n}") for n in range(first, first + 30)]
+            made[name] = sarm_experiment.PairSet.of(pairs, tokenizer, 100)
+        return made
+
+
+def test_cells_are_made_once_and_measured_by_prompt(tmp_path):
+    config = read_config(tiny_config(tmp_path), SarmConfig)
+    said = []
+    shop = FromPairs(config, said.append)
+    for cell in config.cells:
+        for seed in config.seeds:
+            folder = sarm_experiment.make_cell(shop, cell, seed)
+            assert (folder / "sarm.safetensors").exists() == (cell not in ("features", "length"))
+    result = json.loads((tmp_path / "models/length/seed-0/result.json").read_text())
+    assert result["sets"]["in distribution"]["correct"] == [1.0] * 15  # longer is better, as it learnt
+    assert result["pairs"]["in distribution"] == {"pairs": 30, "prompts": 15, "left_out": 0}
+    trained_one = json.loads((tmp_path / "models/dense/seed-0/result.json").read_text())
+    assert trained_one["learning_rate"] in (1e-3, 1e-2) and trained_one["held_out_loss"] > 0
+    loaded, _ = sarm.load_sarm(tmp_path / "models/sarm/seed-1/sarm.safetensors")
+    scores = sarm.score(loaded, [side for both in shop.sets["in distribution"].tokens for side in both]).view(-1, 2)
+    right = (scores[:, 0] > scores[:, 1]).float().view(15, 2).mean(dim=1).tolist()
+    again = json.loads((tmp_path / "models/sarm/seed-1/result.json").read_text())
+    assert again["sets"]["in distribution"]["correct"] == pytest.approx(right)
+    count = len(said)
+    sarm_experiment.make_cell(shop, "dense", 0)
+    assert len(said) == count
+
+    found = sarm_results.report(config)
+    cell = found["cells"]["dense"]["sets"]["in distribution"]
+    means = [
+        np.mean(
+            json.loads((tmp_path / f"models/dense/seed-{n}/result.json").read_text())["sets"]["in distribution"][
+                "correct"
+            ]
+        )
+        for n in (0, 1)
+    ]
+    assert cell["per_seed"] == pytest.approx(means) and cell["mean"] == pytest.approx(np.mean(means))
+    gap = found["differences"]["length"]["in distribution"]
+    assert gap["mean"] == pytest.approx(found["cells"]["sarm"]["sets"]["in distribution"]["mean"] - 1)
+    assert found["grpo"] is None
+    text = sarm_results.markdown(found)
+    assert f"| dense | {cell['mean']:.3f}" in text and text.count("\n- ") == 5
+
+    other = read_config(tiny_config(tmp_path, ("  k: 4", "  k: 5")), SarmConfig)
+    with pytest.raises(ConfigError, match=r"reward_model.k is 4 there and 5 here"):
+        sarm_experiment.make_cell(FromPairs(other, said.append), "dense", 0)
+    with pytest.raises(ConfigError, match="There is no reward model"):
+        missing = config.model_copy(update={"output": str(tmp_path / "elsewhere")})
+        sarm_experiment.outfit(missing)(config.grpo, "sarm", 0, tmp_path)
+
+
+def test_an_autoencoder_is_pretrained_on_what_it_says(tmp_path):
+    """One text, many tokens: last tokens are all alike, and those drawn from all are not."""
+    shop = FromPairs(read_config(tiny_config(tmp_path), SarmConfig), lambda line: None)
+    texts, (model, _) = shop.texts(), shop.untrained
+    last, drawn = shop.pretraining_vectors("sequence"), shop.pretraining_vectors("token")
+    assert last.shape == drawn.shape == (60, 128)
+    assert torch.allclose(last, sarm.read_vectors(model, texts), atol=1e-5)
+    everywhere = sarm.read_vectors(model, texts, everywhere=True)
+    nearest = torch.cdist(drawn, everywhere).min(dim=1).values
+    assert (nearest < 0.05).all() and not torch.allclose(last, drawn, atol=0.1)
+    vectors, again = shop.vectors("train"), FromPairs(shop.config, lambda line: pytest.fail("read twice"))
+    assert torch.equal(again.pretraining_vectors("token"), drawn) and torch.equal(again.vectors("train"), vectors)
+
+
+def test_shuffling_flips_about_half(tmp_path):
+    vectors = torch.arange(12.0).view(3, 2, 2)
+    found = sarm_experiment._flipped(vectors, np.array([False, True, False]))
+    assert torch.equal(found[1], vectors[1].flip(0)) and torch.equal(found[[0, 2]], vectors[[0, 2]])
+
+
+def test_a_pair_in_both_sets_is_refused(tmp_path):
+    rows = [{"prompt": f"{n}?", "chosen": " yes", "rejected": " no"} for n in range(3)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = f"{{path: {tmp_path / 'pairs.jsonl'}}}"
+    file = tiny_config(
+        tmp_path,
+        ("train: {path: mechreward/pocket, split: discovery, rows: 24}", f"train: {source}"),
+        ("in distribution: {path: mechreward/pocket, split: gate, rows: 24}", f"in distribution: {source}"),
+    )
+    with pytest.raises(DataError, match="in the training pairs too"):
+        _ = sarm_experiment.Workshop(read_config(file, SarmConfig), lambda line: None).sets
+
+
+@pytest.mark.slow
+def test_the_script_end_to_end(tmp_path, monkeypatch, capsys):
+    """Pairs, models, policies, results on a tiny budget; a second time there is nothing left to do."""
+    file = tiny_config(tmp_path)
+    command = ["04", "--config", str(file), "--out", str(tmp_path / "results")]
+    for _ in range(2):
+        monkeypatch.setattr(sys, "argv", command)
+        runpy.run_path(str(ROOT / "experiments" / "04_sarm_reproduction.py"), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert printed.count("dense, seed 1: in distribution") == 1 and printed.count("finished before") == 4
+    report = json.loads((tmp_path / "results" / "tiny.json").read_text())
+    assert report["grpo"]["arms"]["sarm"]["seeds"] == [0, 1]
+    assert set(report["grpo"]["arms"]) == {"outcome", "sarm"} and report["grpo"]["stored"] == {}
+    assert sarm_results.markdown(report) == (tmp_path / "results" / "tiny.md").read_text()
+    pairs = read_preferences(next((tmp_path / "pairs").glob("train-*.jsonl")))
+    golds = {q.prompt: q.answer for q in itertools.islice(questions("discovery"), 24)}
+    for pair in pairs:
+        gold = golds[pair.prompt]
+        assert verifiers.math_boxed([pair.chosen, pair.rejected], [gold, gold]) == [True, False]
+    monkeypatch.setattr(sys, "argv", [*command, "--cell", "sram"])
+    with pytest.raises(SystemExit, match="Did you mean 'sarm'"):
+        runpy.run_path(str(ROOT / "experiments" / "04_sarm_reproduction.py"), run_name="__main__")

@@ -208,6 +208,7 @@ class SarmConfig(Strict):
         reward_model, cells: See there.
         main: The cell that the others are compared with.
         grpo: Policies trained with the cells' rewards.
+        stored: Results of experiments 01 to 03 at the same budget, to compare the policies with.
         seeds: One reward model of every cell for each.
     """
 
@@ -221,6 +222,7 @@ class SarmConfig(Strict):
     cells: Annotated[dict[str, Cell], Field(min_length=1)]
     main: Text
     grpo: SarmGrpo | None = None
+    stored: Text | None = None
     seeds: Annotated[list[Count], Field(min_length=1)]
 
     @model_validator(mode="after")
@@ -360,9 +362,8 @@ class Workshop:
     def vectors(self, name: str) -> Tensor:
         """z-scored last-token vectors of a set's pairs by the untrained decoder, ``[P, 2, d_model]``; kept on disk."""
         pairs = self.sets[name]
-        return self._kept(
-            f"last-{name}", [side for both in pairs.tokens for side in both], lambda t: baseline.read_vectors(*t)
-        ).view(len(pairs.pairs), 2, -1)
+        texts = [side for both in pairs.tokens for side in both]
+        return self._kept("last", texts, baseline.read_vectors).view(len(pairs.pairs), 2, -1)
 
     def texts(self) -> list[Tokens]:
         """What the sparse autoencoder is pretrained on."""
@@ -378,29 +379,30 @@ class Workshop:
         """``[N, d_model]``, one for each text: of its last token, or as many drawn from all tokens."""
         texts = self.texts()
         if kind == "sequence":
-            return self._kept("pretraining-last", texts, lambda t: baseline.read_vectors(*t))
+            return self._kept("last", texts, baseline.read_vectors)
 
-        def drawn(of: tuple[Sarm, list[Tokens]]) -> Tensor:
-            everything = baseline.read_vectors(*of, everywhere=True)
+        def drawn(model: Sarm, texts: Sequence[Tokens]) -> Tensor:
+            everything = baseline.read_vectors(model, texts, everywhere=True)
             order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(0))
             return everything[order[: len(texts)]]
 
-        return self._kept("pretraining-all", texts, drawn)
+        return self._kept("any", texts, drawn)
 
-    def _kept(self, name: str, texts: list[Tokens], read: Callable[[tuple[Sarm, list[Tokens]]], Tensor]) -> Tensor:
+    def _kept(self, which: str, texts: list[Tokens], read: Callable[[Sarm, Sequence[Tokens]], Tensor]) -> Tensor:
+        """What is read of texts, ``which`` of their vectors: read once, and kept on disk."""
         decides = [self.config.model, self.config.reward_model.layers, [text.ids for text in texts]]
         digest = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:12]
-        file = self.folder / "vectors" / f"{name.replace(' ', '-')}-{digest}.safetensors"
-        if digest not in self._vectors:
+        file = self.folder / "vectors" / f"{which}-{digest}.safetensors"
+        if file.name not in self._vectors:
             if not file.exists():
                 began = time.monotonic()
                 file.parent.mkdir(parents=True, exist_ok=True)
                 unfinished = file.with_suffix(".part")
-                save_file({"vectors": read((self.untrained[0], texts)).contiguous()}, unfinished)
+                save_file({"vectors": read(self.untrained[0], texts).contiguous()}, unfinished)
                 unfinished.replace(file)
-                self.tell(f"{name}: {len(texts)} texts read in {time.monotonic() - began:.0f} s")
-            self._vectors[digest] = load_file(file)["vectors"]
-        return self._vectors[digest]
+                self.tell(f"{len(texts)} texts read in {time.monotonic() - began:.0f} s")
+            self._vectors[file.name] = load_file(file)["vectors"]
+        return self._vectors[file.name]
 
     def autoencoder(self, kind: str, seed: int) -> tuple[TopKSAE, float | None]:
         """A sparse autoencoder of a seed, pretrained or not, and the loss that it reached; a copy, to be trained on."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -11,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from mechreward.errors import ConfigError
-from mechreward.experiments import page, results
-from mechreward.experiments.results import Difference, resampled_interval, t_interval
+from mechreward.experiments import results
+from mechreward.experiments.results import Difference, Run, resampled_interval, t_interval
 from mechreward.experiments.runner import environment
 from mechreward.experiments.sarm import SarmConfig
 
@@ -54,7 +55,7 @@ def report(config: SarmConfig) -> dict[str, Any]:
         "grpo": None,
     }
     if config.grpo is not None and any(Path(config.grpo.output).glob("*/seed-*/summary.json")):
-        whole["grpo"] = results.compare(config.grpo.output, "outcome", 0.6)
+        whole["grpo"] = of_policies(config)
     return whole
 
 
@@ -105,6 +106,82 @@ def difference(one: Sequence[Mapping[str, Any]], two: Sequence[Mapping[str, Any]
     return Difference(float(np.mean(means)), means, resampled_interval(gaps), t_interval(means))
 
 
+# -- policies ---------------------------------------------------------------------------------------------------------
+
+
+def of_policies(config: SarmConfig) -> dict[str, Any]:
+    """The finished runs of the configuration's arms, against each other and against stored results.
+
+    Stored results hold each seed's accuracy and not its answers, so that intervals against them are over seeds alone.
+
+    Raises:
+        ConfigError: The stored results are of another budget.
+    """
+    assert config.grpo is not None
+    found, budget = results.read_runs(config.grpo.output)
+    arms = {name: found[name] for name in config.grpo.arms if name in found}
+    base = _stored(config, budget)
+    pairs = {f"{a} - {b}": difference_of(arms[a], arms[b]) for a, b in itertools.combinations(arms, 2)}
+    return {
+        "budget": budget,
+        "stored": base,
+        "arms": {name: _of_arm(runs) for name, runs in arms.items()},
+        "against_stored": {
+            f"{name} - {other}": _gap({run.seed: float(run.curve("right")[-1]) for run in runs}, per_seed)
+            for name, runs in arms.items()
+            for other, per_seed in base.items()
+        },
+        "pairs": {pair: gap for pair, gap in pairs.items() if gap is not None},
+    }
+
+
+def difference_of(one: list[Run], two: list[Run]) -> dict[str, Any] | None:
+    """Accuracy at the last step, paired by seed and question; None where no seed is in both."""
+    if not {run.seed for run in one} & {run.seed for run in two}:
+        return None
+    return results.difference(one, two).report()
+
+
+def _stored(config: SarmConfig, budget: dict[str, Any]) -> dict[str, dict[int, float]]:
+    """Each seed's accuracy at the last step, of the stored arms that reward the outcome or features alone."""
+    if config.stored is None:
+        return {}
+    try:
+        there = json.loads(Path(config.stored).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{config.stored} cannot be read ({error}): check the path given as `stored`.") from None
+    if there["budget"] != budget:
+        raise ConfigError(f"{config.stored} is of another budget than grpo: compare their settings.")
+    arms = {name: there["arms"][name] for name in ("outcome", "features") if name in there["arms"]}
+    return {
+        name: {seed: values[-1] for seed, values in zip(arm["seeds"], arm["curves"]["right"]["per_seed"], strict=True)}
+        for name, arm in arms.items()
+    }
+
+
+def _gap(ours: Mapping[int, float], theirs: Mapping[int, float]) -> dict[str, Any]:
+    """One arm's accuracy minus another's, over the seeds of both, with Student's interval."""
+    gaps = [ours[seed] - theirs[seed] for seed in sorted(ours) if seed in theirs]
+    return {"mean": float(np.mean(gaps)), "per_seed": gaps, "student": t_interval(gaps)}
+
+
+def _of_arm(runs: list[Run]) -> dict[str, Any]:
+    curves = np.stack([run.curve("right") for run in runs])
+    raw = [[log.get("composite/sarm/raw", np.nan) for log in run.metrics] for run in runs]
+    return {
+        "seeds": [run.seed for run in runs],
+        "steps": runs[0].steps,
+        "curve": curves.mean(axis=0).tolist(),
+        "per_seed": curves[:, -1].tolist(),
+        "student": t_interval(curves[:, -1]),
+        "greedy_accuracy": [run.figures[-1]["greedy_accuracy"] for run in runs],
+        "right_steps": [float(run.curve("right_steps")[-1]) for run in runs],
+        "tokens": [[float(run.curve("tokens")[step]) for step in (0, -1)] for run in runs],
+        "kl": [float(np.mean([log["kl"] for log in run.metrics[-5:]])) for run in runs],
+        "reward": [[float(np.mean(log[:5])), float(np.mean(log[-5:]))] for log in raw],
+    }
+
+
 # -- the page ---------------------------------------------------------------------------------------------------------
 
 
@@ -132,7 +209,7 @@ def markdown(found: dict[str, Any]) -> str:
         share = f"{cell['top_latents'][tests[0]]:.2f}" if "top_latents" in cell else ""
         lines.append(f"| {name} | {rates} | {reached} | {share} | {np.mean(cell['seconds']):.0f} |")
     if found["grpo"] is not None:
-        lines += ["", "## As the only reward in GRPO", "", page.markdown(found["grpo"]).rstrip()]
+        lines += ["", *_policies(found["grpo"])]
     return "\n".join(lines) + "\n"
 
 
@@ -146,6 +223,48 @@ def _setting(found: dict[str, Any]) -> str:
         f"longer than {s['max_length']} tokens. Test pairs are the same for all cells and seeds. Intervals: 95 %, the "
         "wider ends of Student's t over seeds and of resampling seeds and prompts; a tie counts as half right."
     )
+
+
+def _policies(grpo: Mapping[str, Any]) -> list[str]:
+    t = grpo["budget"]["training"]
+    steps = next(iter(grpo["arms"].values()))["steps"]
+    lines = [
+        "## As the only reward in GRPO",
+        "",
+        f"{t['max_steps']} steps of {t['prompts_per_step'] * t['num_generations']} rollouts, learning rate "
+        f"{t['learning_rate']:g}, beta {t['beta']:g}: the budget of experiments 01 to 03, whose arms stand below as they "
+        "were stored. Each seed's policy is rewarded by the reward model of that seed. Intervals: 95 %, Student's t.",
+        "",
+        "| arm | seeds | "
+        + " | ".join(f"step {step}" for step in steps)
+        + " | by seed, at the end | greedy | tokens | KL "
+        "| raw reward, first and last five steps |",
+        "|---" * (len(steps) + 7) + "|",
+    ]
+    for name, arm in grpo["arms"].items():
+        tokens, reward = np.mean(arm["tokens"], axis=0), np.mean(arm["reward"], axis=0)
+        lines.append(
+            f"| {name} | {len(arm['seeds'])} | {' | '.join(f'{value:.3f}' for value in arm['curve'])} "
+            f"| {' '.join(f'{value:.3f}' for value in arm['per_seed'])} | {np.mean(arm['greedy_accuracy']):.3f} "
+            f"| {tokens[0]:.1f}, {tokens[1]:.1f} | {np.mean(arm['kl']):.4f} | {reward[0]:+.2f}, {reward[1]:+.2f} |"
+        )
+    for name, per_seed in grpo["stored"].items():
+        blank = "| " * len(steps)
+        seeds = " ".join(f"{value:.3f}" for value in per_seed.values())
+        lines.append(f"| {name}, stored | {len(per_seed)} {blank}| {seeds} | | | | |")
+    lines += ["", "| accuracy at the end | difference | by seed |", "|---|---|---|"]
+    for pair, gap in grpo["against_stored"].items():
+        seeds = " ".join(f"{value:+.3f}" for value in gap["per_seed"])
+        lines.append(f"| {pair}, stored | {_with_student(gap)} | {seeds} |")
+    for pair, gap in grpo["pairs"].items():
+        seeds = " ".join(f"{value:+.3f}" for value in gap["per_seed"])
+        lines.append(f"| {pair} | {_difference(gap)} | {seeds} |")
+    return lines
+
+
+def _with_student(gap: Mapping[str, Any]) -> str:
+    low, high = gap["student"]
+    return f"{gap['mean']:+.3f}" + ("" if low is None else f" ({low:+.3f} to {high:+.3f})")
 
 
 def _ends(figure: Mapping[str, Any]) -> tuple[float, float] | None:
