@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
@@ -24,8 +25,8 @@ from mechreward.baselines import sarm
 from mechreward.baselines.preferences import Preference, preference, read_preferences, write_preferences
 from mechreward.baselines.sarm import Recipe, Sarm, SarmReward, SarmSettings, Tokens, TopKSAE, z_score
 from mechreward.errors import ConfigError, DataError, ModelMismatchError, SAEError
+from mechreward.experiments import results, sarm_results
 from mechreward.experiments import sarm as sarm_experiment
-from mechreward.experiments import sarm_results
 from mechreward.experiments.config import read_config
 from mechreward.experiments.sarm import SarmConfig
 from mechreward.pocket.questions import OTHER_WORDING, WORDING, questions, reasoning_question
@@ -899,6 +900,46 @@ def test_a_pair_in_both_sets_is_refused(tmp_path):
     )
     with pytest.raises(DataError, match="in the training pairs too"):
         _ = sarm_experiment.Workshop(read_config(file, SarmConfig), lambda line: None).sets
+
+
+def test_policies_against_stored_results_and_each_other(tmp_path):
+    """Two seeds of two arms, four questions each, worked by hand."""
+    ends = {"sarm": ([1, 1, 1, 0], [1, 1, 0, 0]), "dense": ([1, 0, 1, 0], [0, 1, 0, 0])}
+    changes = [("    outcome: {outcome: 1.0}\n", "    dense: {cell: dense}\n")]
+    file = tiny_config(tmp_path, *changes, ("main: sarm", f"main: sarm\nstored: {tmp_path / 'stored.json'}"))
+    config = read_config(file, SarmConfig)
+    for arm, seeds in ends.items():
+        for seed, right in enumerate(seeds):
+            folder = tmp_path / "grpo" / arm / f"seed-{seed}"
+            folder.mkdir(parents=True)
+            (folder / "config.yaml").write_text(yaml.safe_dump(config.grpo.run(arm, seed)))
+            (folder / "summary.json").write_text("{}")
+            rows = [(0, q, 0) for q in range(4)] + [(1, q, value) for q, value in enumerate(right)]
+            samples = [
+                {"step": step, "question": q, "right": value, "tokens": 3 + step, "right_steps": 0.5}
+                for step, q, value in rows
+            ]
+            figures = [{"step": 0}, {"step": 1, "greedy_accuracy": 0.5}]
+            log = {"step": 1, "kl": 0.25, "composite/sarm/raw": 2.0}
+            for name, records in (("samples", samples), ("evaluations", figures), ("metrics", [log])):
+                (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    budget = results.read_runs(config.grpo.output)[1]
+    arm = {"seeds": [0, 1, 2], "curves": {"right": {"per_seed": [[0, 0.5], [0, 0.25], [0, 1.0]]}}}
+    stored = {"budget": budget, "arms": {"outcome": arm}}
+    (tmp_path / "stored.json").write_text(json.dumps(stored))
+    found = sarm_results.of_policies(config)
+    assert found["arms"]["sarm"]["per_seed"] == [0.75, 0.5] and found["arms"]["sarm"]["curve"] == [0, 0.625]
+    assert found["arms"]["dense"]["tokens"] == [[3, 4], [3, 4]] and found["arms"]["dense"]["kl"] == [0.25, 0.25]
+    gap = found["against_stored"]["sarm - outcome"]
+    assert gap["per_seed"] == [0.25, 0.25] and gap["student"] == (0.25, 0.25)
+    pair = found["pairs"]["sarm - dense"] if "sarm - dense" in found["pairs"] else found["pairs"]["dense - sarm"]
+    assert [abs(v) for v in pair["per_seed"]] == [0.25, 0.25]
+    (tmp_path / "stored.json").write_text(json.dumps({**stored, "budget": {**budget, "watch": []}}))
+    with pytest.raises(ConfigError, match="another budget"):
+        sarm_results.of_policies(config)
+    (tmp_path / "stored.json").unlink()
+    with pytest.raises(ConfigError, match="cannot be read"):
+        sarm_results.of_policies(config)
 
 
 @pytest.mark.slow

@@ -456,7 +456,7 @@ def make_cell(shop: Workshop, name: str, seed: int) -> Path:
         "pairs": {n: found.count() for n, found in shop.sets.items()},
     }
     result["sets"] = {test: _measured(shop.sets[test], m) for test, m in margins.items()}
-    runner._write_json(folder / "result.json", result)
+    runner.write_json(folder / "result.json", result)
     shown = ", ".join(f"{test} {np.mean(found['correct']):.3f}" for test, found in result["sets"].items())
     shop.tell(f"{name}, seed {seed}: {shown} ({result['seconds']:.0f} s)")
     return folder

@@ -25,7 +25,7 @@ def write(config: SarmConfig, out: Path) -> str:
     """Write ``<name>.json`` and ``<name>.md``, and return the page."""
     found, text = report(config), ""
     out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(results._without_infinities(found), indent=1, allow_nan=False)
+    text = json.dumps(results.without_infinities(found), indent=1, allow_nan=False)
     flat = re.sub(r"\[\n\s+([^\[\]{}]*?)\n\s+\]", lambda m: "[" + re.sub(r"\n\s+", " ", m[1]) + "]", text)
     (out / f"{config.name}.json").write_text(flat + "\n", encoding="utf-8")
     shown = markdown(json.loads(flat))
@@ -232,8 +232,9 @@ def _policies(grpo: Mapping[str, Any]) -> list[str]:
         "## As the only reward in GRPO",
         "",
         f"{t['max_steps']} steps of {t['prompts_per_step'] * t['num_generations']} rollouts, learning rate "
-        f"{t['learning_rate']:g}, beta {t['beta']:g}: the budget of experiments 01 to 03, whose arms stand below as they "
-        "were stored. Each seed's policy is rewarded by the reward model of that seed. Intervals: 95 %, Student's t.",
+        f"{t['learning_rate']:g}, beta {t['beta']:g}: the budget of experiments 01 to 03, whose arms stand below as "
+        "they were stored. Each seed's policy is rewarded by the reward model of that seed. Intervals against what is "
+        "stored: 95 %, Student's t over seeds.",
         "",
         "| arm | seeds | "
         + " | ".join(f"step {step}" for step in steps)
