@@ -883,6 +883,22 @@ def test_an_autoencoder_is_pretrained_on_what_it_says(tmp_path):
     assert torch.equal(again.pretraining_vectors("token"), drawn) and torch.equal(again.vectors("train"), vectors)
 
 
+def test_the_share_of_the_top_latents_by_hand(tmp_path):
+    """Two pairs, a head on z of two latents: |w (z_chosen - z_rejected)| summed over pairs."""
+    shop = FromPairs(read_config(tiny_config(tmp_path), SarmConfig), lambda line: None)
+    model = Sarm(torch.nn.Identity(), TopKSAE(2, 2, 1), SarmSettings(1, False, 0), 2)
+    with torch.no_grad():
+        model.sae.encoder.weight.copy_(torch.eye(2))
+        model.head.weight.copy_(torch.tensor([[2.0, -1.0]]))
+    shop.vectors = lambda test: torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[2.0, 3.0], [1.0, 1.0]]])
+    # differences (1, -1) and (1, 2): 2 + 2 of the first latent, 1 + 2 of the second
+    assert sarm_experiment.top_share(shop, model, "in distribution", top=1) == pytest.approx(4 / 7)
+    assert sarm_experiment.top_share(shop, model, "in distribution", top=9) == pytest.approx(1)
+    assert sarm_experiment.trained_margins(shop, model, "in distribution").tolist() == [3.0, 0.0]
+    measured = sarm_experiment._measured(shop.sets["in distribution"], torch.tensor([1.0, -1.0] * 15))
+    assert measured["correct"] == [0.5] * 15
+
+
 def test_shuffling_flips_about_half(tmp_path):
     vectors = torch.arange(12.0).view(3, 2, 2)
     found = sarm_experiment._flipped(vectors, np.array([False, True, False]))

@@ -26,6 +26,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast, get_args
 
@@ -288,8 +289,8 @@ def encoded(tokenizer: Any, prompt: Text, answer: Text) -> Tokens:
     if isinstance(prompt, str) and isinstance(answer, str):
         if tokenizer.eos_token_id is None:
             raise DataError("The tokenizer has no end-of-sequence token, whose vector SARM reads: set one.")
-        start = tokenizer(prompt).input_ids
-        return Tokens([*tokenizer(prompt + answer).input_ids, tokenizer.eos_token_id], len(start))
+        ids = [*tokenizer(prompt + answer).input_ids, tokenizer.eos_token_id]
+        return Tokens(ids, _shared(ids, tokenizer(prompt).input_ids))
     before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     said = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else list(answer)
     try:
@@ -301,9 +302,13 @@ def encoded(tokenizer: Any, prompt: Text, answer: Text) -> Tokens:
         reason = " ".join(str(error).split())[:200]
         raise DataError(f"The tokenizer cannot write a conversation ({reason}): give plain texts.") from None
     ids = tokenizer(whole.rstrip(), add_special_tokens=False).input_ids
-    prefix = tokenizer(asked, add_special_tokens=False).input_ids
-    same = next((t for t, (a, b) in enumerate(zip(ids, prefix, strict=False)) if a != b), min(len(ids), len(prefix)))
-    return Tokens(ids, min(same, len(ids) - 1))
+    return Tokens(ids, _shared(ids, tokenizer(asked, add_special_tokens=False).input_ids))
+
+
+def _shared(ids: list[int], prompt: list[int]) -> int:
+    """How many of the ids are the prompt's: all of these, unless a token grew over the border; never the last."""
+    same = sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(ids, prompt, strict=False)))
+    return min(same, len(ids) - 1)
 
 
 def encoded_pair(tokenizer: Any, pair: Preference) -> tuple[Tokens, Tokens]:

@@ -200,14 +200,14 @@ def markdown(found: dict[str, Any]) -> str:
     for name, sets in found["differences"].items():
         lines.append(f"| {name} | {' | '.join(_difference(sets[test]) for test in tests)} |")
     lines += ["", *_verdicts(found, tests), "", "### How they were made", ""]
-    lines += ["| cell | learning rates chosen | loss after pretraining | top 10 latents' share of the margins | s |"]
-    lines += ["|---|---|---|---|---|"]
+    lines += ["| cell | learning rates chosen | loss after pretraining | top 10 latents' share of the margins |"]
+    lines += ["|---|---|---|---|"]
     for name, cell in found["cells"].items():
         rates = " ".join(f"{rate:g}" for rate in cell["learning_rate"] if rate is not None)
         losses = [loss for loss in cell["pretraining_loss"] if loss is not None]
         reached = f"{np.mean(losses):.3f}" if losses else ""
         share = f"{cell['top_latents'][tests[0]]:.2f}" if "top_latents" in cell else ""
-        lines.append(f"| {name} | {rates} | {reached} | {share} | {np.mean(cell['seconds']):.0f} |")
+        lines.append(f"| {name} | {rates} | {reached} | {share} |")
     if found["grpo"] is not None:
         lines += ["", *_policies(found["grpo"])]
     return "\n".join(lines) + "\n"
