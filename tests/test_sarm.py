@@ -980,3 +980,31 @@ def test_the_script_end_to_end(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [*command, "--cell", "sram"])
     with pytest.raises(SystemExit, match="Did you mean 'sarm'"):
         runpy.run_path(str(ROOT / "experiments" / "04_sarm_reproduction.py"), run_name="__main__")
+
+
+# -- what is published -------------------------------------------------------------------------------------------------
+
+RESULTS = ROOT / "experiments" / "results"
+
+
+@pytest.mark.parametrize("name", ["sarm", "sarm-smollm2"])
+def test_the_tables_are_made_from_the_json(name):
+    found = json.loads((RESULTS / f"{name}.json").read_text())
+    assert sarm_results.markdown(found) == (RESULTS / f"{name}.md").read_text()
+    folder = "" if name == "sarm" else "smollm2/"
+    config = read_config(ROOT / f"configs/{folder}sarm.yaml", SarmConfig).model_dump(mode="json")
+    assert found["settings"]["reward_model"] == config["reward_model"] and found["settings"]["seeds"] == config["seeds"]
+    assert set(found["cells"]) <= set(config["cells"])
+
+
+def test_the_research_page_quotes_the_results():
+    """Verdicts word for word; and every figure of three decimals in the section stands in the tables."""
+    research = (ROOT / "RESEARCH.md").read_text()
+    section = research.split("### Experiment 04")[1].split("\n### ")[0].split("\n## ")[0]
+    tables = "".join((RESULTS / f"{name}.md").read_text() for name in ("sarm", "sarm-smollm2", "pocket"))
+    quoted = section.split("<!-- from experiments/results/sarm.md -->")[1].split("<!-- end -->")[0]
+    verdicts = [line for line in quoted.splitlines() if line]
+    assert len(verdicts) >= 2 and all(line in tables.splitlines() for line in verdicts)
+    figures = set(re.findall(r"(?<![\d.])0?(\.\d{3})(?!\d)", tables))
+    told = re.findall(r"(?<![\d.])0?(\.\d{3})(?!\d)", section)
+    assert len(told) > 20 and set(told) <= figures, set(told) - figures

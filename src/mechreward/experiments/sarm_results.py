@@ -34,12 +34,16 @@ def write(config: SarmConfig, out: Path) -> str:
 
 
 def report(config: SarmConfig) -> dict[str, Any]:
-    """Everything that is reported, as JSON.
+    """Everything that is reported, as JSON: of the cells that are finished with every seed.
 
     Raises:
-        ConfigError: A cell is not finished.
+        ConfigError: The main cell is not.
     """
     found = read_cells(config)
+    if config.main not in found:
+        raise ConfigError(
+            f"Cell '{config.main}' is not finished in {config.output}: make it first, with --stage models."
+        )
     some = found[config.main][0]
     whole: dict[str, Any] = {
         "settings": config.model_dump(mode="json"),
@@ -47,6 +51,7 @@ def report(config: SarmConfig) -> dict[str, Any]:
         "pairs": some["pairs"],
         "cells": {name: _of_cell(runs, list(config.test)) for name, runs in found.items()},
         "main": config.main,
+        "unfinished": [name for name in config.cells if name not in found],
         "differences": {
             name: {test: difference(found[config.main], runs, test).report() for test in config.test}
             for name, runs in found.items()
@@ -60,18 +65,12 @@ def report(config: SarmConfig) -> dict[str, Any]:
 
 
 def read_cells(config: SarmConfig) -> Found:
-    """The results of every cell of the configuration.
-
-    Raises:
-        ConfigError: One is missing.
-    """
+    """The results of every cell that is finished with all seeds."""
     found: Found = {}
     for name in config.cells:
-        for seed in config.seeds:
-            file = Path(config.output) / "models" / name / f"seed-{seed}" / "result.json"
-            if not file.exists():
-                raise ConfigError(f"There is no {file}: finish the cells first, with --stage models.")
-            found.setdefault(name, []).append(json.loads(file.read_text(encoding="utf-8")))
+        files = [Path(config.output) / "models" / name / f"seed-{seed}" / "result.json" for seed in config.seeds]
+        if all(file.exists() for file in files):
+            found[name] = [json.loads(file.read_text(encoding="utf-8")) for file in files]
     return found
 
 
@@ -194,6 +193,8 @@ def markdown(found: dict[str, Any]) -> str:
         cells = [_mean(cell["sets"][test]) for test in tests]
         seeds = " ".join(f"{value:.3f}" for value in cell["sets"][tests[0]]["per_seed"])
         lines.append(f"| {name} | {' | '.join(cells)} | {seeds} |")
+    if found["unfinished"]:
+        lines += ["", f"Planned in the configuration and not made: {', '.join(found['unfinished'])}."]
     main = found["main"]
     lines += ["", f"### `{main}` minus each other cell, paired by seed and prompt", ""]
     lines += ["| minus | " + " | ".join(tests) + " |", "|---" * (len(tests) + 1) + "|"]
