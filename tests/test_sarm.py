@@ -857,7 +857,10 @@ def test_cells_are_made_once_and_measured_by_prompt(tmp_path):
     assert cell["per_seed"] == pytest.approx(means) and cell["mean"] == pytest.approx(np.mean(means))
     gap = found["differences"]["length"]["in distribution"]
     assert gap["mean"] == pytest.approx(found["cells"]["sarm"]["sets"]["in distribution"]["mean"] - 1)
-    assert found["grpo"] is None
+    assert found["grpo"] is None and found["unfinished"] == []
+    (tmp_path / "models/dense/seed-1/result.json").rename(tmp_path / "aside")
+    assert sarm_results.report(config)["unfinished"] == ["dense"]
+    (tmp_path / "aside").rename(tmp_path / "models/dense/seed-1/result.json")
     text = sarm_results.markdown(found)
     assert f"| dense | {cell['mean']:.3f}" in text and text.count("\n- ") == 5
 
@@ -946,6 +949,7 @@ def test_policies_against_stored_results_and_each_other(tmp_path):
     found = sarm_results.of_policies(config)
     assert found["arms"]["sarm"]["per_seed"] == [0.75, 0.5] and found["arms"]["sarm"]["curve"] == [0, 0.625]
     assert found["arms"]["dense"]["tokens"] == [[3, 4], [3, 4]] and found["arms"]["dense"]["kl"] == [0.25, 0.25]
+    assert found["unfinished"] == []
     gap = found["against_stored"]["sarm - outcome"]
     assert gap["per_seed"] == [0.25, 0.25] and gap["student"] == (0.25, 0.25)
     pair = found["pairs"]["sarm - dense"] if "sarm - dense" in found["pairs"] else found["pairs"]["dense - sarm"]

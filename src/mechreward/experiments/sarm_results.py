@@ -41,9 +41,7 @@ def report(config: SarmConfig) -> dict[str, Any]:
     """
     found = read_cells(config)
     if config.main not in found:
-        raise ConfigError(
-            f"Cell '{config.main}' is not finished in {config.output}: make it first, with --stage models."
-        )
+        raise ConfigError(f"Cell '{config.main}' is not finished in {config.output}: make it with --stage models.")
     some = found[config.main][0]
     whole: dict[str, Any] = {
         "settings": config.model_dump(mode="json"),
@@ -57,11 +55,28 @@ def report(config: SarmConfig) -> dict[str, Any]:
             for name, runs in found.items()
             if name != config.main
         },
+        "twins": {
+            f"{one} - {two}": {test: difference(found[one], found[two], test).report() for test in config.test}
+            for one, two in twins(config)
+            if one in found and two in found
+        },
         "grpo": None,
     }
     if config.grpo is not None and any(Path(config.grpo.output).glob("*/seed-*/summary.json")):
         whole["grpo"] = of_policies(config)
     return whole
+
+
+def twins(config: SarmConfig) -> list[tuple[str, str]]:
+    """Cells that differ in the encoder alone: pretrained on last tokens, and otherwise; without the main cell's."""
+    cells = {name: cell for name, cell in config.cells.items() if cell.head == "sarm" and not cell.shuffled}
+    return [
+        (one, two)
+        for one, two in itertools.permutations(cells, 2)
+        if one != config.main
+        and cells[one].encoder == "sequence" != cells[two].encoder
+        and cells[one] == cells[two].model_copy(update={"encoder": "sequence"})
+    ]
 
 
 def read_cells(config: SarmConfig) -> Found:
@@ -125,6 +140,11 @@ def of_policies(config: SarmConfig) -> dict[str, Any]:
         "budget": budget,
         "stored": base,
         "arms": {name: _of_arm(runs) for name, runs in arms.items()},
+        "unfinished": [
+            f"{name} seed {seed}"
+            for name, seed in itertools.product(config.grpo.arms, config.grpo.seeds)
+            if seed not in {run.seed for run in found.get(name, [])}
+        ],
         "against_stored": {
             f"{name} - {other}": _gap({run.seed: float(run.curve("right")[-1]) for run in runs}, per_seed)
             for name, runs in arms.items()
@@ -200,7 +220,13 @@ def markdown(found: dict[str, Any]) -> str:
     lines += ["| minus | " + " | ".join(tests) + " |", "|---" * (len(tests) + 1) + "|"]
     for name, sets in found["differences"].items():
         lines.append(f"| {name} | {' | '.join(_difference(sets[test]) for test in tests)} |")
-    lines += ["", *_verdicts(found, tests), "", "### How they were made", ""]
+    lines += ["", *_verdicts(found, tests)]
+    if found["twins"]:
+        lines += ["", "### Other cells that differ in the encoder alone", ""]
+        lines += ["| pair | " + " | ".join(tests) + " |", "|---" * (len(tests) + 1) + "|"]
+        for pair, sets in found["twins"].items():
+            lines.append(f"| {pair} | {' | '.join(_difference(sets[test]) for test in tests)} |")
+    lines += ["", "### How they were made", ""]
     lines += ["| cell | learning rates chosen | loss after pretraining | top 10 latents' share of the margins |"]
     lines += ["|---|---|---|---|"]
     for name, cell in found["cells"].items():
@@ -254,6 +280,8 @@ def _policies(grpo: Mapping[str, Any]) -> list[str]:
         blank = "| " * len(steps)
         seeds = " ".join(f"{value:.3f}" for value in per_seed.values())
         lines.append(f"| {name}, stored | {len(per_seed)} {blank}| {seeds} | | | | |")
+    if grpo["unfinished"]:
+        lines += ["", f"Planned in the configuration and not made: {', '.join(grpo['unfinished'])}."]
     lines += ["", "| accuracy at the end | difference | by seed |", "|---|---|---|"]
     for pair, gap in grpo["against_stored"].items():
         seeds = " ".join(f"{value:+.3f}" for value in gap["per_seed"])
@@ -295,7 +323,7 @@ def _verdicts(found: dict[str, Any], tests: list[str]) -> list[str]:
         d = sets[tests[0]]
         if d["shown"]:
             more = "more" if d["mean"] > 0 else "less"
-            said.append(f"- `{found['main']}` is {more} accurate than `{name}` on {tests[0]}: {_difference(d)[:-2]}.")
+            said.append(f"- `{found['main']}` is {more} accurate than `{name}` ({tests[0]}): {_difference(d)[:-2]}.")
         else:
-            said.append(f"- No difference from `{name}` shown on {tests[0]}: {_difference(d)}.")
+            said.append(f"- No difference from `{name}` shown ({tests[0]}): {_difference(d)}.")
     return said
