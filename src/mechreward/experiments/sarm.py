@@ -42,6 +42,7 @@ from mechreward.errors import ConfigError, DataError, MechRewardError, nearest
 from mechreward.experiments import arms, runner
 from mechreward.experiments.config import Arm, Count, ExperimentConfig, Positive, Text, read_config
 from mechreward.extras import require
+from mechreward.integrations.recording import write_json
 from mechreward.pocket.questions import OTHER_WORDING, WORDING, corpus_completion, questions
 from mechreward.reward.composition import CompositeReward
 from mechreward.reward.feature_reward import FeatureReward
@@ -456,7 +457,7 @@ def make_cell(shop: Workshop, name: str, seed: int) -> Path:
         "pairs": {n: found.count() for n, found in shop.sets.items()},
     }
     result["sets"] = {test: _measured(shop.sets[test], m) for test, m in margins.items()}
-    runner.write_json(folder / "result.json", result)
+    write_json(folder / "result.json", result)
     shown = ", ".join(f"{test} {np.mean(found['correct']):.3f}" for test, found in result["sets"].items())
     shop.tell(f"{name}, seed {seed}: {shown} ({result['seconds']:.0f} s)")
     return folder

@@ -14,8 +14,8 @@ import numpy as np
 from mechreward.errors import ConfigError
 from mechreward.experiments import results
 from mechreward.experiments.results import Difference, Run, resampled_interval, t_interval
-from mechreward.experiments.runner import environment
 from mechreward.experiments.sarm import SarmConfig
+from mechreward.integrations.recording import environment
 
 Found = dict[str, list[dict[str, Any]]]
 """By cell, each seed's ``result.json``."""
