@@ -270,11 +270,12 @@ def _policies(grpo: Mapping[str, Any]) -> list[str]:
         "|---" * (len(steps) + 7) + "|",
     ]
     for name, arm in grpo["arms"].items():
-        tokens, reward = np.mean(arm["tokens"], axis=0), np.mean(arm["reward"], axis=0)
+        tokens, reward = np.mean(arm["tokens"], axis=0), np.array(arm["reward"], dtype=float).mean(axis=0)
+        earned = "" if np.isnan(reward).any() else f"{reward[0]:+.2f}, {reward[1]:+.2f}"  # no reward model, no score
         lines.append(
             f"| {name} | {len(arm['seeds'])} | {' | '.join(f'{value:.3f}' for value in arm['curve'])} "
             f"| {' '.join(f'{value:.3f}' for value in arm['per_seed'])} | {np.mean(arm['greedy_accuracy']):.3f} "
-            f"| {tokens[0]:.1f}, {tokens[1]:.1f} | {np.mean(arm['kl']):.4f} | {reward[0]:+.2f}, {reward[1]:+.2f} |"
+            f"| {tokens[0]:.1f}, {tokens[1]:.1f} | {np.mean(arm['kl']):.4f} | {earned} |"
         )
     for name, per_seed in grpo["stored"].items():
         blank = "| " * len(steps)
