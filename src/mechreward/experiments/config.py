@@ -248,7 +248,7 @@ class ExperimentConfig(Strict):
         }
 
 
-C = TypeVar("C", bound=ExperimentConfig)
+C = TypeVar("C", bound=Strict)
 
 
 def read_config(path: str | Path, schema: type[C] = ExperimentConfig) -> C:

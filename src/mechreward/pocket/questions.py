@@ -33,6 +33,34 @@ GAINS = ["{o} buys {n} more.", "{o} finds {n} more.", "A friend gives {o} {n} mo
 LOSSES = ["{o} loses {n}.", "{o} sells {n}.", "{o} gives away {n}."]
 DISTRACTORS = ["{p} has {n} {i}.", "{o} also has {n} {j}.", "{p} buys {n} {j}."]
 
+
+@dataclass(frozen=True)
+class Wording:
+    """How a word problem is told.
+
+    Attributes:
+        gains, losses: What changes the owner's quantity: {o} the owner, {n} the quantity.
+        distractors: What does not: {p} another person, {i} the item, {j} another item.
+        told: The whole, from {o}, {start}, {i} and the {story} in between.
+    """
+
+    gains: list[str]
+    losses: list[str]
+    distractors: list[str]
+    told: str
+
+
+WORDING = Wording(GAINS, LOSSES, DISTRACTORS, "{o} has {start} {i}. {story} How many {i} does {o} have?")
+"""What the model was trained on."""
+
+OTHER_WORDING = Wording(
+    gains=["{o} finds {n}.", "{o} buys {n}.", "{n} more {o} finds."],
+    losses=["{o} gives {n} away.", "{o} gives a friend {n}.", "{n} {o} loses."],
+    distractors=["{p} also has {n} {i}.", "{p} loses {n} {j}.", "{o} finds {n} {j}."],
+    told="How many {i} does {o} have? {o} has {start} {i}. {story}",
+)
+"""The same problems in sentences that the model has never seen, of words that it has: the question comes first."""
+
 _FIRST = [
     "Tavo",
     "Mira",
@@ -126,25 +154,28 @@ LARGEST = 49
 """Largest quantity that changes hands in a word problem."""
 
 
-def reasoning_question(rng: random.Random, largest: int = LARGEST) -> Question:
+def reasoning_question(
+    rng: random.Random, largest: int = LARGEST, steps: tuple[int, int] = (2, 4), wording: Wording = WORDING
+) -> Question:
     """A word problem of 2-4 steps with one or two distractors; every running total lies in 0..99."""
     owner, other = rng.sample(OWNERS, 2)
     item, other_item = rng.sample(ITEMS, 2)
     start = total = rng.randint(5, 40)
     changes: list[int] = []
     told: list[str] = []
-    for _ in range(rng.randint(2, 4)):
+    for _ in range(rng.randint(*steps)):
         gain = total == 0 or (total < 99 and rng.random() < 0.5)
         n = rng.randint(1, min(largest, 99 - total) if gain else min(largest, total))
         changes.append(n if gain else -n)
         total += changes[-1]
-        told.append(rng.choice(GAINS if gain else LOSSES).format(o=owner, n=n))
+        told.append(rng.choice(wording.gains if gain else wording.losses).format(o=owner, n=n))
     distractors = [rng.randint(2, largest) for _ in range(rng.randint(1, 2))]
     for n in distractors:
-        aside = rng.choice(DISTRACTORS).format(o=owner, p=other, n=n, i=item, j=other_item)
+        aside = rng.choice(wording.distractors).format(o=owner, p=other, n=n, i=item, j=other_item)
         told.insert(rng.randint(0, len(told)), aside)
+    problem = wording.told.format(o=owner, start=start, i=item, story=" ".join(told))
     return Question(
-        prompt=f"Question: {owner} has {start} {item}. {' '.join(told)} How many {item} does {owner} have?\nAnswer:",
+        prompt=f"Question: {problem}\nAnswer:",
         answer=str(total),
         solution=worked(start, tuple(changes)),
         kind="reasoning",
@@ -189,8 +220,15 @@ def retrieval_question(rng: random.Random, known: bool | None = None) -> Questio
     )
 
 
-def questions(split: Split, seed: int = 0, kind: Kind = "reasoning", largest: int = LARGEST) -> Iterator[Question]:
-    """An endless stream of questions of one split.
+def questions(
+    split: Split,
+    seed: int = 0,
+    kind: Kind = "reasoning",
+    largest: int = LARGEST,
+    steps: tuple[int, int] = (2, 4),
+    wording: Wording = WORDING,
+) -> Iterator[Question]:
+    """An endless stream of questions of one split; ``largest``, ``steps`` and ``wording`` are of word problems.
 
     The corpus is the exception: it holds the facts about all known people, since they are there to be remembered.
     Each of these facts is asked about in one other split as well. About half of the retrieval questions are about
@@ -198,7 +236,8 @@ def questions(split: Split, seed: int = 0, kind: Kind = "reasoning", largest: in
     """
     rng = random.Random(f"{split}/{seed}/{kind}")
     while True:
-        question = reasoning_question(rng, largest) if kind == "reasoning" else retrieval_question(rng)
+        asked = kind == "reasoning"
+        question = reasoning_question(rng, largest, steps, wording) if asked else retrieval_question(rng)
         to_be_remembered = split == "corpus" and question.kind == "retrieval" and question.known
         if to_be_remembered or split_of(question.prompt) == split:
             yield question
