@@ -638,3 +638,44 @@ def test_the_script_from_tuning_to_tables(tmp_path, monkeypatch, capsys):
     assert compared["arms"]["crl"]["curves"]["right"]["mean"][-1] == pytest.approx(
         report["arms"]["crl"]["right"]["mean"]
     )
+
+
+# -- what is written about it ------------------------------------------------------------------------------------------
+
+
+def written(name):
+    return json.loads((ROOT / "experiments" / "results" / name).read_text(encoding="utf-8"))
+
+
+class TestWhatIsWritten:
+    def test_the_page_is_the_reports(self):
+        assert (ROOT / "experiments" / "results" / "crl.md").read_text("utf-8") == crl_results.markdown(
+            written("crl.json")
+        )
+
+    def test_researchs_figures_are_the_reports(self):
+        text = (ROOT / "RESEARCH.md").read_text(encoding="utf-8")
+        section = text.split("### Experiment 05 on `pocket`")[1].split("\n### ")[0].split("\n## ")[0]
+        said, found = " ".join(section.split()), written("crl.json")
+        arms, minus = found["arms"], found["minus"]
+        for name in ("none", "crl", "constant", "format"):
+            assert f"{arms[name]['right']['mean']:.3f}" in said, name
+        for pair, d in minus.items():
+            if pair.startswith("crl - "):
+                low, high = (
+                    end([d["right"]["resampled"][i], d["right"]["student"][i]]) for i, end in ((0, min), (1, max))
+                )
+                other = pair.removeprefix("crl - ")
+                assert f"`{other}` {d['right']['mean']:+.3f} ({low:+.3f} to {high:+.3f})" in said, pair
+        log = arms["crl"]["training"]
+        assert f"{log['first']['mean']:.3f}" in said and f"{log['last']['mean']:.3f}" in said
+        assert f"{arms['crl']['greedy']['mean']:.3f}" in said and f"{arms['none']['greedy']['mean']:.3f}" in said
+        assert (
+            f"{found['search']['rollouts']:,}" in said
+            and f"{arms['crl']['features']['tokens']['overlap']['mean']:.2f}" in said
+        )
+        assert f"{found['outcome']['end']['mean']:.3f}" in said
+
+    def test_switched_off_nothing_is_left(self):
+        arms = written("crl.json")["arms"]
+        assert arms["crl"]["off"]["per_seed"] == arms["none"]["right"]["per_seed"]
