@@ -18,8 +18,9 @@ from mechreward.errors import MechRewardError
 from mechreward.experiments import crl, crl_results
 from mechreward.experiments.config import read_config
 from mechreward.experiments.crl import CRLConfig
-from mechreward.experiments.runner import chosen_runs, write_json
+from mechreward.experiments.runner import chosen_runs
 from mechreward.extras import require
+from mechreward.integrations.recording import write_json
 
 
 def carry_out(config: CRLConfig, arms: list[str] | None, seeds: list[int] | None) -> None:

@@ -24,6 +24,7 @@ from mechreward.errors import CaptureError, ConfigError, ModelMismatchError, SAE
 from mechreward.experiments import crl, crl_results, runner
 from mechreward.experiments.config import read_config
 from mechreward.experiments.crl import CRLConfig, SteeringArm
+from mechreward.integrations.recording import read_jsonl
 from mechreward.readout import HookPoint, InputTransform
 from mechreward.rollout.capture import decoder_layers
 from mechreward.sae.handle import SAEHandle
@@ -401,7 +402,9 @@ def tiny_text(output):
     raw = yaml.safe_load(text.replace("1e-3", "0.001").replace("3e-3", "0.003"))
     raw |= {
         "output": str(output),
-        "training": raw["training"] | {"max_steps": 2, "prompts_per_step": 2, "num_generations": 2, "minibatches": 2},
+        "training": raw["training"]
+        | {"max_steps": 2, "prompts_per_step": 2, "num_generations": 2, "minibatches": 2}
+        | {"max_completion_length": 16},
         "evaluation": {"every": 1, "questions": 6, "batch_size": 4},
         "data": {name: [{**raw["data"][name][0], "rows": 12}] for name in raw["data"]},
         "tuning": raw["tuning"] | {"coefficients": [2], "learning_rates": [0.001, 0.003]},
@@ -557,11 +560,11 @@ class TestRun:
             assert (folder / name).read_text() == (resumed / name).read_text()
         ours, theirs = (load_file(f / "model" / "agent.safetensors") for f in (folder, resumed))
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-        assert [log["step"] for log in runner.read_jsonl(resumed / "metrics.jsonl")] == [1, 2]
+        assert [log["step"] for log in read_jsonl(resumed / "metrics.jsonl")] == [1, 2]
         assert not list(resumed.glob("checkpoint*")) and "finished before" not in "".join(said)
         crl.run(again, "no_repeat", 0, said.append)
         assert "finished before" in said[-1]
-        rows = runner.read_jsonl(folder / "samples.jsonl")
+        rows = read_jsonl(folder / "samples.jsonl")
         assert {row["step"] for row in rows} == {0, 1, 2} and len(rows) == 18
         unsteered = [row["right"] for row in runner.evaluate(
             bench.model, bench.tokenizer, runner.test_questions(config, 0), config, [], 0

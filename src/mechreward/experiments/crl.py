@@ -42,6 +42,7 @@ from mechreward.errors import ConfigError
 from mechreward.experiments import data, runner
 from mechreward.experiments.arms import NEIGHBOURS, sampling
 from mechreward.experiments.config import Count, ExperimentConfig, Positive, Text
+from mechreward.integrations.recording import ENVIRONMENT, append, environment, forget_after, read_jsonl, write_json
 from mechreward.readout import residual
 from mechreward.rollout.hf import load_model, read_in_pieces, sample
 from mechreward.sae.handle import SAEHandle
@@ -408,16 +409,16 @@ def run(bench: Bench, arm: str, seed: int, tell: Callable[[str], None] = print) 
     runner.check_data(config, questions, test)
     steers = steerer(bench, config.arms[arm], seed)
     runner.claim(folder, decides)
-    runner.write_json(folder / "environment.json", runner.environment())
+    write_json(folder / ENVIRONMENT, environment())
     this = Recorded(bench, arm, seed, folder, test, steers, tell)
     if steers.learning is None:
-        runner.forget_after(folder, -1)
+        forget(folder, -1)
         last = this.unchanging()
     else:
         last = train(this, questions)
         (folder / "model").mkdir(exist_ok=True)
         save_file(steers.learning.state_dict(), folder / "model" / "agent.safetensors")
-    runner.write_json(folder / "summary.json", {"steps": config.training.max_steps, **last})
+    write_json(folder / "summary.json", {"steps": config.training.max_steps, **last})
     (folder / CHECKPOINT).unlink(missing_ok=True)
     return folder
 
@@ -428,7 +429,7 @@ def train(this: Recorded, questions: Any) -> dict[str, Any]:
     assert agent is not None and makes is not None
     optimizer = torch.optim.Adam(agent.parameters(), lr=config.training.learning_rate)
     done = resumed(this.folder, agent, optimizer)
-    runner.forget_after(this.folder, done)
+    forget(this.folder, done)
     if done < 0:
         this.evaluate(0)
         done = 0
@@ -481,6 +482,12 @@ def one_step(
     }
 
 
+def forget(folder: Path, step: int) -> None:
+    """Drop what was recorded after a step: it is about to be computed again."""
+    for name in ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl"):
+        forget_after(folder / name, step)
+
+
 def keep(folder: Path, agent: ActorCritic, optimizer: torch.optim.Optimizer, step: int) -> None:
     """A checkpoint, all or nothing."""
     unfinished = folder / f"{CHECKPOINT}.part"
@@ -528,8 +535,7 @@ class Recorded:
     tell: Callable[[str], None]
 
     def append(self, name: str, records: Sequence[dict[str, Any]]) -> None:
-        with (self.folder / name).open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(record) + "\n" for record in records)
+        append(self.folder / name, records)
 
     def evaluate(self, step: int, more: str = "") -> dict[str, Any]:
         """Sample on the test questions; at the end greedily too, and after training with steering switched off."""
@@ -544,7 +550,7 @@ class Recorded:
                 for row, without in zip(rows, off, strict=True):
                     row["off"] = without["right"]
                 figures["off_accuracy"] = _mean(rows, "off")
-            runner.write_json(self.folder / "features.json", used)
+            write_json(self.folder / "features.json", used)
         self._write(step, rows, figures)
         self.tell(f"{self.arm}, seed {self.seed}, step {step:>3}: {figures['accuracy']:.3f} right{more}")
         return figures
@@ -553,8 +559,8 @@ class Recorded:
         """A fixed way of steering is tested once; its figures stand at every step."""
         config, steps = self.bench.config, self.bench.config.training.max_steps
         figures = self.evaluate(steps)
-        rows = [r for r in runner.read_jsonl(self.folder / "samples.jsonl") if r["step"] == steps]
-        runner.forget_after(self.folder, -1)
+        rows = [r for r in read_jsonl(self.folder / "samples.jsonl") if r["step"] == steps]
+        forget(self.folder, -1)
         self.append("metrics.jsonl", [])
         for step in [*range(0, steps, config.evaluation.every), steps]:
             self._write(step, [{k: v for k, v in row.items() if k != "step"} for row in rows], figures)

@@ -14,7 +14,7 @@ import yaml
 
 from mechreward.experiments import crl
 from mechreward.experiments.crl import CRLConfig
-from mechreward.experiments.results import Run, difference, finite, over_seeds, read_runs
+from mechreward.experiments.results import Run, difference, over_seeds, read_runs, without_infinities
 
 Report = dict[str, Any]
 SCORES = {
@@ -51,7 +51,7 @@ def report(config: CRLConfig, beside: Path) -> Report:
         },
         "outcome": _beside(runs, beside),
     }
-    return finite(found)
+    return without_infinities(found)
 
 
 def _pairs(config: CRLConfig, runs: dict[str, list[Run]]) -> list[tuple[str, str]]:
