@@ -405,7 +405,7 @@ def tiny_text(output):
         "training": raw["training"]
         | {"max_steps": 2, "prompts_per_step": 2, "num_generations": 2, "minibatches": 2}
         | {"max_completion_length": 16},
-        "evaluation": {"every": 1, "questions": 6, "batch_size": 4},
+        "evaluation": {"every": 1, "questions": 6, "batch_size": 512},
         "data": {name: [{**raw["data"][name][0], "rows": 12}] for name in raw["data"]},
         "tuning": raw["tuning"] | {"coefficients": [2], "learning_rates": [0.001, 0.003]},
         "seeds": [0, 1],
