@@ -375,6 +375,12 @@ class TestPage:
         text = page.markdown(results.compare(tmp_path, "sum", 0.6))
         assert "- `outcome` is less accurate: -1.000" in text
 
+    def test_an_arm_that_trains_nothing_has_no_log(self, output):
+        for file in output.glob("sum/seed-*/metrics.jsonl"):
+            file.write_text("")
+        text = page.markdown(results.compare(output, "outcome", 0.6))
+        assert cells(text, "### What else", "sum")[4:] == ["?", "", "?", "?"]
+
     def test_the_figure_shows_every_arm(self, report, tmp_path):
         from matplotlib.image import imread
 

@@ -584,11 +584,11 @@ class TestData:
         config = read_config(ROOT / "configs/baseline.yaml")
         few, test = mr.pocket.dataset("train", 11), mr.pocket.dataset("test", 5)
         with pytest.raises(ConfigError, match="11 questions, fewer than one step's prompts_per_step = 12"):
-            runner._check_data(config, few, test)
-        runner._check_data(config, mr.pocket.dataset("train", 12), test)
+            runner.check_data(config, few, test)
+        runner.check_data(config, mr.pocket.dataset("train", 12), test)
 
     def test_testing_on_what_was_trained_on(self):
         config = read_config(ROOT / "configs/baseline.yaml")
         train = mr.pocket.dataset("train", 20)
         with pytest.raises(ConfigError, match=r"3 of the questions in data\.test are in data\.train"):
-            runner._check_data(config, train, train.select([1, 5, 7]))
+            runner.check_data(config, train, train.select([1, 5, 7]))

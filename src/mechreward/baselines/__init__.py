@@ -1,1 +1,1 @@
-"""Published methods that this library is compared with, reproduced."""
+"""Prior art, reproduced."""

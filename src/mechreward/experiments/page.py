@@ -116,7 +116,7 @@ def _details(report: Report) -> list[str]:
             f"| {name} | {median} ({reached['reached']} of {len(arm['seeds'])}) "
             f"| {_ends(arm['curves'].get('right_steps'))} | {_ends(arm['curves']['tokens'], 1)} "
             f"| {_number(arm['kl']['mean'], '.4f')} | {'' if own is None else _first_and_last(own)} "
-            f"| {arm['flagged']:.2%} | {arm['our_share_of_time']['mean']:.2%} |"
+            f"| {_number(arm['flagged'], '.2%')} | {_number(arm['our_share_of_time']['mean'], '.2%')} |"
         )
     if all(arm["complete"] for arm in arms.values()):
         lines += ["", *_complete_rollouts(arms)]

@@ -256,7 +256,7 @@ def _of_arm(
         "kl": over_seeds([_at(run, "last", "kl") for run in runs]),
         "reward": {part: over_seeds([_at(run, part) for run in runs]) for part in ("first", "last")},
         "own_reading": _own_reading(runs),
-        "flagged": float(np.mean([log["guards/flagged"] for run in runs for log in run.metrics])),
+        "flagged": _mean([log["guards/flagged"] for run in runs for log in run.metrics]),
         "our_share_of_time": over_seeds([_our_share(run) for run in runs]),
         "readings": {name: reading_moved(runs, name) for name in watched},
     }
@@ -288,7 +288,12 @@ def over_seeds(values: Sequence[float]) -> dict[str, Any]:
 def _at(run: Run, part: str, key: str = "reward") -> float:
     """The mean over the first or the last five training steps."""
     logs = run.metrics[:5] if part == "first" else run.metrics[-5:]
-    return float(np.mean([log.get(key, np.nan) for log in logs]))
+    return _mean([log.get(key, np.nan) for log in logs])
+
+
+def _mean(values: Sequence[float]) -> float:
+    """NaN where there are none: an arm that trains nothing has no log."""
+    return float(np.mean(values)) if values else float("nan")
 
 
 def _complete(runs: list[Run], step: int) -> dict[str, Any]:
@@ -307,12 +312,14 @@ def _complete(runs: list[Run], step: int) -> dict[str, Any]:
 def _own_reading(runs: list[Run]) -> dict[str, Any] | None:
     """The raw reading that the arm is rewarded for, on its training rollouts."""
     key = "composite/features/raw"
-    if key not in runs[0].metrics[0]:
+    if not runs[0].metrics or key not in runs[0].metrics[0]:
         return None
     return {part: over_seeds([_at(run, part, key) for run in runs]) for part in ("first", "last")}
 
 
 def _our_share(run: Run) -> float:
+    if not run.metrics:
+        return float("nan")
     ours = [log["mechreward/hook_seconds"] + log["composite/seconds"] for log in run.metrics]
     return float(np.sum(ours) / np.sum([log["seconds"] for log in run.metrics]))
 

@@ -108,7 +108,7 @@ def run(
         return folder
     torch.manual_seed(seed)
     questions, test = data.load(config.data.train), test_questions(config, seed)
-    _check_data(config, questions, test)
+    check_data(config, questions, test)
     watched, fitted = arms.watched(config), outfit(config, arm, seed, folder)
     outcome = OutcomeReward(getattr(verifiers, config.verifier), gold_column="answer")
     unknown = outcome_reward([fitted.reward, *fitted.monitors]) is None  # nothing says yet what is right
@@ -148,7 +148,7 @@ def test_questions(config: ExperimentConfig, seed: int) -> Any:
     return test.select(numbers).add_column("number", numbers)
 
 
-def _check_data(config: ExperimentConfig, questions: Any, test: Any) -> None:
+def check_data(config: ExperimentConfig, questions: Any, test: Any) -> None:
     """Refuse what would train nothing, or test what was trained on."""
     needed = config.training.prompts_per_step
     if len(questions) < needed:

@@ -1,0 +1,86 @@
+"""Experiment 05: CRL (arXiv 2602.10437), reproduced: RL over which SAE feature to add, the model left as it is.
+
+    python experiments/05_crl_reproduction.py --config configs/crl.yaml
+
+Does a learned choice of features beat fixed ones, at the budget of experiment 03? Before the runs, `--tune` tries
+coefficients and learning rates on training questions; after them, `--tables` writes experiments/results/crl.{json,md}.
+"""
+
+import argparse
+import json
+import sys
+import warnings
+from pathlib import Path
+
+import transformers
+
+from mechreward.errors import MechRewardError
+from mechreward.experiments import crl, crl_results
+from mechreward.experiments.config import read_config
+from mechreward.experiments.crl import CRLConfig
+from mechreward.experiments.runner import chosen_runs
+from mechreward.extras import require
+from mechreward.integrations.recording import write_json
+
+
+def carry_out(config: CRLConfig, arms: list[str] | None, seeds: list[int] | None) -> None:
+    """The chosen runs, one after the other."""
+    wanted = chosen_runs(config, arms, seeds)
+    bench = crl.bench(config)
+    for arm, seed in wanted:
+        crl.run(bench, arm, seed)
+    print(f"Runs: {Path(config.output).resolve()}. Tables: the same command with --tables")
+
+
+def tune(config: CRLConfig) -> None:
+    """Pilots; what they said is kept beside the runs."""
+    pilots = crl.tune(config)
+    file = Path(config.output) / "tuning.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, {"pilots": pilots})
+    best = max(pilots, key=lambda pilot: pilot["last"])
+    print(f"Written: {file}. Best: coefficient {best['coefficient']:g}, learning_rate {best['learning_rate']:g}")
+
+
+def tables(config: CRLConfig, command: str, out: Path, beside: Path) -> None:
+    """What the finished runs say."""
+    report = {"command": command, **crl_results.report(config, beside)}
+    out.mkdir(parents=True, exist_ok=True)
+    file = out / Path(config.output).name
+    text = json.dumps(report, indent=1, allow_nan=False)
+    Path(f"{file}.json").write_text(text + "\n", encoding="utf-8")
+    Path(f"{file}.md").write_text(crl_results.markdown(report), encoding="utf-8")
+    print(crl_results.markdown(report))
+    print(f"Written: {file}.md, .json")
+
+
+if __name__ == "__main__":
+    results = Path(__file__).parent / "results"
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, type=Path, help="the experiment's YAML file")
+    parser.add_argument("--arm", action="append", help="only this arm (may be repeated); default: all")
+    parser.add_argument("--seed", action="append", type=int, help="only this seed (may be repeated); default: all")
+    parser.add_argument("--tune", action="store_true", help="no run: pilots on training questions")
+    parser.add_argument("--tables", action="store_true", help="no run: tables of the finished ones")
+    parser.add_argument("--out", type=Path, default=results, help="folder for the tables")
+    parser.add_argument("--debug", action="store_true", help="show where an error comes from")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    require("datasets", "trl").disable_progress_bars()
+    try:
+        config = read_config(options.config, CRLConfig)
+        if options.tune:
+            tune(config)
+        elif options.tables:
+            command = f"python experiments/05_crl_reproduction.py --config {options.config} --tables"
+            tables(config, command, options.out, results / "pocket.json")
+        else:
+            carry_out(config, options.arm, options.seed)
+    except MechRewardError as error:
+        if options.debug:
+            raise
+        sys.exit(f"Error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\nInterrupted. The same command goes on from the last checkpoint.")
