@@ -17,7 +17,7 @@ from rich.text import Text
 from mechreward.cli.common import console
 
 if TYPE_CHECKING:
-    from mechreward.experiments.live import Snapshot
+    from mechreward.report.live import Snapshot
 
 BARS = "▁▂▃▄▅▆▇█"
 
@@ -38,7 +38,7 @@ def watch(
     """
     from rich.live import Live
 
-    from mechreward.experiments.live import run_in, snapshot
+    from mechreward.report.live import run_in, snapshot
 
     folder = run_in(run)
     now = snapshot(folder)
