@@ -348,8 +348,8 @@ class Workshop:
             AssertionError: They differ by more than the setting's tolerance, or are too uniform to compare.
         """
         prompts, tokens = self.data["prompt"][:2], self.setting.tokens
-        lengths = {"min_new_tokens": tokens // 2, "max_new_tokens": tokens}
-        batch = sample(self.base, self.tokenizer, prompts, 4, do_sample=True, **lengths)
+        generate: dict[str, Any] = {"min_new_tokens": tokens // 2, "max_new_tokens": tokens}
+        batch = sample(self.base, self.tokenizer, prompts, 4, do_sample=True, **generate)
         rollouts: Any = (batch.prompts, batch.completions, batch.completion_ids)
         ours = self.encoders.reward("jumprelu", "policy")(*rollouts, source=HFSource(self.base, self.tokenizer))
         naive = self.naive_reward(self.base)(*rollouts)

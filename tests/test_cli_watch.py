@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from mechreward.cli import app
 from mechreward.cli.watch import frame, sparkline
-from mechreward.experiments import live
+from mechreward.report import live
 from report_runs import rollout, write_run
 
 

@@ -47,6 +47,8 @@ SHORTER = {
     "mechreward redteam": "--questions 60 --family filler_dilution --best-of 8 --best-of-questions 4",
     "mechreward features show": "--texts 20",
     "mechreward probe train": "--layers 2,3",
+    "mechreward train --pack": "--steps 2 --every 2 --questions 20 --prompts-per-step 2",
+    "mechreward eval mechreward/pocket": "--questions 20",
     "recipes/trl/train.py": "--steps 1",
     "scripts/train_sae.py": "--tokens 20000 --latents 256",
 }
