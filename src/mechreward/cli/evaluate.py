@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from mechreward.cli.common import Answer, AsJson, Prompt, Subset, beside, console, made, progress, resumable
+from mechreward.cli.common import Answer, AsJson, Dtype, Prompt, Subset, beside, console, made, progress, resumable
+from mechreward.cli.train import POCKET_ROWS
 from mechreward.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ def evaluate(
     questions: Annotated[int, typer.Option(min=1, help="So many, drawn by the seed.")] = 500,
     max_new_tokens: Annotated[int, typer.Option(min=2, help="The longest completion.")] = 256,
     seed: Annotated[int, typer.Option(min=0, help="Of the draw and of the sampling.")] = 0,
+    dtype: Dtype = "float32",
     tasks: Annotated[
         str | None, typer.Option(help="Tasks of lm-eval besides: task[:metric[:filter]], separated by commas.")
     ] = None,
@@ -70,14 +72,14 @@ def evaluate(
     quiet()
     kept = beside(file, "eval")
     with resumable(kept) as unfinished, progress() as tell:
-        steps = unfinished.steps("evaluations", asked.decides)
+        steps = unfinished.steps("evaluations", decides := asked.decides)
         found = evaluation.answered(asked, steps, lambda done, of: tell("Answering", done, of))
         besides = evaluation.capabilities(
             asked.model, extra, suite, asked.seed, kept, lambda line: made(line, as_json=True)
         )
-    report = {**asked.decides, "questions": found, "capabilities": besides}
-    text = json.dumps(report, indent=2) + "\n"
-    file.write_text(text, encoding="utf-8")
+        report = {**decides, "questions": found, "capabilities": besides}
+        text = json.dumps(report, indent=2) + "\n"
+        file.write_text(text, encoding="utf-8")
     if as_json:
         typer.echo(text, nl=False)
     else:
@@ -104,7 +106,7 @@ def _asked(options: dict[str, Any]) -> Asked:
     split = options["split"] or ("train" if data.endswith((".json", ".jsonl")) else "test")
     source: dict[str, Any] = {"path": data, "split": split}
     if data == pocket.MODEL_ID:
-        source["rows"] = options["questions"]
+        source["rows"] = max(options["questions"], POCKET_ROWS["test"])  # from which they are drawn
     else:
         source |= {name: options[name] for name in ("subset", "prompt", "answer")}
     try:
@@ -122,7 +124,7 @@ def _asked(options: dict[str, Any]) -> Asked:
         )
     except ValidationError as error:
         raise ConfigError(sentence(most_telling(error), ExperimentConfig, "evaluation")) from None
-    return Asked(model, config, options["seed"])
+    return Asked(model, config, options["seed"], options["dtype"])
 
 
 def _refuse_what_the_run_decides(ctx: typer.Context, run: str) -> None:

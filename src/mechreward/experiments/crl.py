@@ -434,7 +434,9 @@ def train(this: Recorded, questions: Any) -> dict[str, Any]:
         this.evaluate(0)
         done = 0
         keep(this.folder, agent, optimizer, done)
-    last, began, first = {}, time.monotonic(), done
+    evaluations = read_jsonl(this.folder / "evaluations.jsonl")  # the last one's, where no step is left
+    last = {name: value for name, value in evaluations[-1].items() if name != "step"}
+    began, first = time.monotonic(), done
     steering = makes()  # one for all steps: it may have random numbers of its own
     for step in range(done + 1, config.training.max_steps + 1):
         log = one_step(this.bench, agent, optimizer, steering, questions, this.seed, step)

@@ -12,10 +12,10 @@ import yaml
 from scipy import stats
 
 from mechreward.errors import ConfigError
-from mechreward.experiments import runner
+from mechreward.experiments import arms, runner
 from mechreward.experiments.capability import CapabilityConfig, LmEvalTask, PocketSuite, Scores
 from mechreward.experiments.config import ExperimentConfig
-from mechreward.rollout.hf import load_model
+from mechreward.rollout.hf import load_model, parse_dtype
 from mechreward.unfinished import Steps
 
 
@@ -27,11 +27,13 @@ class Asked:
         model: A folder, an id of the hub, or ``mechreward/pocket``.
         config: Of which the test questions, the verifier and the sampling count.
         seed: Of the draw of questions and of the sampling.
+        dtype: Of the model's weights.
     """
 
     model: str
     config: ExperimentConfig
     seed: int
+    dtype: str = "float32"
 
     @property
     def decides(self) -> dict[str, Any]:
@@ -39,7 +41,8 @@ class Asked:
         from mechreward.experiments.capability_tasks import fingerprint
 
         settings = self.config.model_dump(mode="json", include={"verifier", "data", "evaluation", "training"})
-        return {"model": self.model, "weights": fingerprint(self.model), "seed": self.seed, **settings}
+        weights = fingerprint(self.model)
+        return {"model": self.model, "weights": weights, "dtype": self.dtype, "seed": self.seed, **settings}
 
 
 def of_run(folder: Path) -> Asked:
@@ -57,7 +60,7 @@ def of_run(folder: Path) -> Asked:
         config = ExperimentConfig.model_validate({**known, "output": str(folder), "arms": arm, "seeds": [said["seed"]]})
     except (yaml.YAMLError, ValueError, KeyError, AttributeError) as error:
         raise ConfigError(f"{folder / 'config.yaml'} is not a run's configuration ({type(error).__name__}).") from None
-    return Asked(str(folder / "model"), config, said["seed"])
+    return Asked(str(folder / "model"), config, said["seed"], arms.dtype_of(config))
 
 
 def answered(asked: Asked, steps: Steps, tell: Callable[[int, int], None]) -> dict[str, dict[str, Any]]:
@@ -74,7 +77,9 @@ def answered(asked: Asked, steps: Steps, tell: Callable[[int, int], None]) -> di
         For ``sampled`` and ``greedy`` the accuracy with its 95 % interval over questions (Wilson 1927), their number,
         the tokens of an answer, the share that was cut off, and where steps can be checked the share that is right.
     """
-    loaded = functools.cache(lambda: load_model(asked.model))  # only if something is left to measure
+    loaded = functools.cache(
+        lambda: load_model(asked.model, parse_dtype(asked.dtype))
+    )  # only if something is left to measure
     test = runner.test_questions(asked.config, asked.seed)
 
     def measured(way: str) -> dict[str, Any]:

@@ -77,14 +77,16 @@ def read_runs(output: str | Path) -> tuple[dict[str, list[Run]], dict[str, Any]]
 
 
 def read_run(folder: Path, seed: int) -> Run:
-    """A finished run's folder."""
+    """A run's folder; of one that goes on, what is there of it."""
     figures = read_jsonl(folder / "evaluations.jsonl")
     steps = [int(f["step"]) for f in figures]
     by_step: dict[int, list[dict[str, Any]]] = {step: [] for step in steps}
     for record in read_jsonl(folder / "samples.jsonl"):
-        by_step[record["step"]].append(record)
+        if record["step"] in by_step:  # the last evaluation's figures come after its samples
+            by_step[record["step"]].append(record)
     rows = [_columns(by_step[step]) for step in steps]
-    return Run(seed, steps, rows, figures, read_jsonl(folder / "metrics.jsonl"))
+    metrics = folder / "metrics.jsonl"
+    return Run(seed, steps, rows, figures, read_jsonl(metrics) if metrics.exists() else [])
 
 
 def _columns(records: list[dict[str, Any]]) -> dict[str, NDArray]:

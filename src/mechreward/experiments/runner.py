@@ -42,7 +42,6 @@ from mechreward.integrations.recording import (
     environment,
     feature_rewards,
     forget_after,
-    outcome_reward,
     traced,
     write,
     write_json,
@@ -110,8 +109,6 @@ def run(
     questions, test = data.load(config.data.train), test_questions(config, seed)
     check_data(config, questions, test)
     watched, fitted = arms.watched(config), outfit(config, arm, seed, folder)
-    outcome = OutcomeReward(getattr(verifiers, config.verifier), gold_column="answer")
-    unknown = outcome_reward([fitted.reward, *fitted.monitors]) is None  # nothing says yet what is right
     claim(folder, decides)  # only now: what can't be loaded leaves no folder behind
     trainer = MechRewardGRPOTrainer(
         model=pocket.resolve(config.model),
@@ -119,9 +116,13 @@ def run(
         train_dataset=questions,
         reward_funcs=fitted.reward,
         guards=fitted.guards,
-        monitors=[*watched, *fitted.monitors, *([outcome] if unknown else [])],
+        monitors=[*watched, *fitted.monitors],
         peft_config=_lora(config),
     )
+    recording = trainer.recording
+    assert recording is not None  # it is TRL's configuration of ours
+    # Where no outcome is rewarded, recorded rollouts have a verdict all the same.
+    recording.outcome = recording.outcome or OutcomeReward(getattr(verifiers, config.verifier), gold_column="answer")
     trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
     checkpoint = _last_checkpoint(folder, config.training.max_steps)
     _forget_after(folder, -1 if checkpoint is None else _step_of(checkpoint))
@@ -133,6 +134,8 @@ def run(
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if trainer.state.global_step != config.training.max_steps:
         raise RewardError(f"{folder} stopped after {trainer.state.global_step} steps: start it again to go on.")
+    if recording.broken:
+        raise RewardError(f"Not all of {folder} was recorded, as a warning above says: delete it, and start it again.")
     trainer.save_model(str(folder / "model"))
     write_json(folder / "summary.json", {"steps": trainer.state.global_step, **recorder.last})
     for leftover in folder.glob("checkpoint-*"):

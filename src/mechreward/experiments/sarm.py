@@ -340,7 +340,8 @@ class Workshop:
         """``train``, and the sets to be measured on.
 
         Raises:
-            DataError: A prompt is in the training pairs and in a test set.
+            DataError: A prompt with the same chosen answer is in the training pairs and in a test set. (Prompts may
+                come again with other answers.)
         """
         _, tokenizer = self.untrained
         sets = {}

@@ -27,6 +27,7 @@ from transformers import TrainerCallback
 
 from mechreward import pocket
 from mechreward.features.examples import token_texts
+from mechreward.hacking.monitor import untouched_randomness
 from mechreward.readout import Readings, Request
 from mechreward.reward.base import Scores
 from mechreward.reward.feature_reward import FeatureReward
@@ -270,25 +271,31 @@ class Recording(TrainerCallback):
         self.rewards = feature_rewards(parts)
         self.outcome = outcome_reward(parts)
         self.step_began = self.seconds = self.recording = 0.0
-        self.broken = False
+        self.broken: set[str] = set()
 
-    def _safely(self, act: Callable[[], None]) -> None:
-        if self.broken or not self.trainer.accelerator.is_main_process:
+    def _safely(self, what: str, act: Callable[[], None]) -> None:
+        """Do it; where that goes wrong, leave it from then on: ``figures`` or ``rollouts``."""
+        if what in self.broken or not self.trainer.accelerator.is_main_process:
             return
         try:
             act()
         except Exception as error:
-            self.broken = True
-            logger.warning("Nothing more is recorded in %s: %s: %s.", self.folder, type(error).__name__, error)
+            self.broken.add(what)
+            logger.warning("No more %s are recorded in %s: %s: %s.", what, self.folder, type(error).__name__, error)
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self._safely(lambda: self._begin(args, state))
+        self._safely("figures", lambda: self._begin(args, state))
+        if self.broken:  # without a folder there is nothing to write to
+            self.broken.add("rollouts")
 
     def _begin(self, args: Any, state: Any) -> None:
         """Go on after the checkpoint's step, or begin anew."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for name in (METRICS, TRACE):
-            forget_after(self.folder / name, state.global_step)
+            file = self.folder / name
+            if file.exists() and not (self.folder / RECORDING).exists():
+                file.replace(file.with_suffix(".jsonl.old"))  # of that name, and not ours
+            forget_after(file, state.global_step)
         trace = self.folder / TRACE
         there = read_jsonl(trace) if trace.exists() else []
         self.left = self.most - sum(record["set"] == "training" for record in there)
@@ -316,7 +323,9 @@ class Recording(TrainerCallback):
         if logs and "reward" in logs:
             memory = peak_memory()
             more = {"seconds": self.seconds, **({} if memory is None else {"peak_memory_bytes": memory[1]})}
-            self._safely(lambda: append(self.folder / METRICS, [{"step": state.global_step, **logs, **more}]))
+            self._safely(
+                "figures", lambda: append(self.folder / METRICS, [{"step": state.global_step, **logs, **more}])
+            )
 
     def rollouts(
         self,
@@ -335,7 +344,7 @@ class Recording(TrainerCallback):
             rewards: ``[B x processes, reward functions]``, NaN where there is none.
             advantages: ``[B]``, of the whole rollouts.
         """
-        self._safely(lambda: self._rollouts(batch, readings, scored, rewards, advantages))
+        self._safely("rollouts", lambda: self._rollouts(batch, readings, scored, rewards, advantages))
 
     def _rollouts(self, batch, readings, scored, rewards, advantages) -> None:
         began = time.perf_counter()
@@ -343,7 +352,8 @@ class Recording(TrainerCallback):
         rows = self._chosen(step, steps, len(batch))
         if not rows:
             return
-        records = traced(batch, rows, self.trainer.processing_class, self.rewards, readings, self.outcome)
+        with untouched_randomness():  # a verifier may draw numbers
+            records = traced(batch, rows, self.trainer.processing_class, self.rewards, readings, self.outcome)
         values = torch.stack([batch.local(column.cpu()) for column in rewards.T], dim=1)  # [B, reward functions]
         total = (values * self.trainer.reward_weights.cpu()).nansum(dim=1)
         total = total.masked_fill(values.isnan().all(dim=1), torch.nan)

@@ -216,9 +216,9 @@ class MechRewardGRPOTrainer(GRPOTrainer):
         self._check(came_with_adapter)
         self.add_callback(_BetweenSteps(self))
         most = getattr(args, "record", None)
-        self._recording = None if most is None else Recording(self, most)
-        if self._recording is not None:
-            self.add_callback(self._recording)
+        self.recording = None if most is None else Recording(self, most)
+        if self.recording is not None:
+            self.add_callback(self.recording)
         self._policy_tap = self._install(self.model, "policy")
         self._reference_tap = self._install(self.ref_model, "reference") if self.ref_model is not None else None
         if self._engine is not None:
@@ -388,8 +388,8 @@ class MechRewardGRPOTrainer(GRPOTrainer):
 
     def _record(self, advantages: Tensor) -> None:
         step = self._step_state
-        if self._recording is not None and step.batch is not None and step.batch.training and step.rewards is not None:
-            self._recording.rollouts(step.batch, step.read, step.scored, step.rewards, advantages)
+        if self.recording is not None and step.batch is not None and step.batch.training and step.rewards is not None:
+            self.recording.rollouts(step.batch, step.read, step.scored, step.rewards, advantages)
 
     def _generate(self, prompts: list):
         bank = self._bank("policy", "generation")

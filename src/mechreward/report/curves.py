@@ -130,7 +130,7 @@ def alarms(folders: Sequence[Folder]) -> list[dict[str, Any]]:
             for key, value in log.items():
                 if key.startswith("monitor/alarm/") and isinstance(value, (int, float)) and value > 0:
                     rang.setdefault(key.removeprefix("monitor/alarm/"), []).append(int(log["step"]))
-        said = next((log["stopped_because"] for log in reversed(run.metrics) if "stopped_because" in log), None)
+        said = run.metrics[-1].get("stopped_because") if run.metrics else None  # an earlier one was gone on from
         found += [{"run": run.name, "alarm": name, "steps": steps} for name, steps in rang.items()]
         found += [{"run": run.name, "alarm": "training was ended", "steps": [], "said": said}] if said else []
     return found

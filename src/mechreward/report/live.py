@@ -90,7 +90,7 @@ def snapshot(folder: Path) -> Snapshot:
     logs, evaluations = _records(folder / METRICS), _records(folder / "evaluations.jsonl")
     step = max((int(record["step"]) for record in [*logs, *evaluations]), default=0)
     steps = _steps(folder)
-    stopped = next((log["stopped_because"] for log in reversed(logs) if "stopped_because" in log), None)
+    stopped = logs[-1].get("stopped_because") if logs else None  # an earlier one was gone on from
     finished = stopped is not None or _finished(folder, step, steps)
     took = [log["seconds"] for log in logs if "seconds" in log]
     left = median(took) * max(steps - step, 0) if steps is not None and len(took) > 1 and not finished else None

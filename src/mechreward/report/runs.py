@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +117,15 @@ def find(paths: Sequence[str | Path]) -> list[Folder]:
     folders = list(dict.fromkeys(folder.resolve() for path in paths for folder in _runs_in(Path(path))))
     experiments = {_experiment(folder) for folder in folders}
     apart = Counter(name.name for name in experiments if name is not None)
-    return [_read(folder, unique=len(apart) < 2) for folder in folders]
+    read = [_read(folder, unique=len(apart) < 2) for folder in folders]
+    # Trainings outside of an experiment that share a folder's name need have nothing else in common.
+    alone = Counter(run.arm for run in read if _experiment(run.path) is None)
+    return [
+        replace(run, arm=f"{run.path.parent.name}/{run.arm}")
+        if _experiment(run.path) is None and alone[run.arm] > 1
+        else run
+        for run in read
+    ]
 
 
 def _runs_in(path: Path) -> list[Path]:
