@@ -2,12 +2,17 @@
 
 import json
 import re
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 from typer.testing import CliRunner
 
 import mechreward as mr
 from mechreward.cli import app
+from mechreward.features.pack import read_pack
 from mechreward.hacking.redteam.target import Target
 from mechreward.rollout import hf
 
@@ -72,9 +77,10 @@ def test_a_gate_goes_on_in_its_sampling_and_behind_it(tmp_path, monkeypatch):
     assert not cut.exists()
     Stop(monkeypatch, mr.features.judge, "surprise", 1)
     assert "3 of the rollouts" in interrupted(*GATE, "--out", cut)
-    last = finished(*GATE, "--out", cut, codes=(code,))
+    last = finished(*GATE, "--out", cut, "--json", codes=(code,))
     assert sampling.calls == 4  # three batches in all, one of which was tried twice
     assert "Going on behind what is kept of the rollouts" in last.stderr
+    assert json.loads(last.stdout) == {"file": str(cut), "pack": read_pack(cut).model_dump(mode="json")}
     same_files(cut.parent, whole.parent)
 
 
@@ -128,4 +134,27 @@ def test_the_training_of_a_probe_goes_on_in_its_layers_and_strengths(tmp_path, m
     finished(*command, "--out", cut)
     assert choices.calls == 1  # of strengths for the tokens: both layers were kept
     assert fits.calls == 2 * training.FOLDS + 1  # two strengths, and the one that was chosen
+    same_files(cut.parent, whole.parent)
+
+
+@pytest.mark.slow
+def test_a_real_ctrl_c_ends_discover_with_one_sentence(tmp_path):
+    """SIGINT to a process that samples; then the same command."""
+    command = [
+        sys.executable, "-c", "from mechreward.cli import app; app()", "discover", "--sae",
+        "pocket-res-canonical/layer_2/width_2k/canonical", "--data", "mechreward/pocket", "--n-positive", "2",
+        "--n-negative", "2", "--min-firing", "0", "--permutations", "3", *SAMPLED, "--questions", "40",
+    ]  # fmt: skip
+    cut, whole = tmp_path / "cut" / "a.json", tmp_path / "whole" / "a.json"
+    with subprocess.Popen([*command, "--out", str(cut)], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        until = time.monotonic() + 120
+        while not list(cut.parent.glob(".a.discover.partial/*")) and time.monotonic() < until:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        out, err = (each.decode() for each in process.communicate(timeout=60))
+    assert process.returncode == 130 and out == "" and "Traceback" not in err, err
+    assert re.findall("^Interrupted.*", err, re.MULTILINE) == [err.splitlines()[-1]]
+    assert re.search(r"\d of the rollouts\. The same command goes on from there\.", err) and not cut.exists()
+    for file in (cut, whole):
+        subprocess.run([*command, "--out", str(file)], check=True, capture_output=True)
     same_files(cut.parent, whole.parent)
