@@ -1,13 +1,18 @@
-"""The command line as a whole: every help has an example, and helps are cheap."""
+"""The command line as a whole: every help has an example, helps are cheap, and ``--json`` prints JSON."""
 
+import json
 import re
+import shutil
 import subprocess
 import sys
 
 import pytest
 import typer
+from typer.testing import CliRunner
 
 from mechreward.cli import app
+from mechreward.features.catalog import CATALOGS
+from mechreward.features.pack import read_pack
 
 
 def commands(command, path=()):
@@ -41,3 +46,40 @@ def test_a_help_imports_no_torch(path):
     done = subprocess.run([sys.executable, "-c", code, *path, "--help"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "Example" in done.stdout and done.stdout.splitlines()[-1] == "no torch"
+
+
+@pytest.mark.parametrize(("path", "said"), [(["serve", "--model", "x"], 0), (["packs", "list"], 1)])
+def test_ctrl_c_ends_a_command_with_a_sentence_and_a_server_without(path, said, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    for module, name in (("serve", "_loopback"), ("packs", "shipped_packs")):
+        monkeypatch.setattr(sys.modules[f"mechreward.cli.{module}"], name, stop)
+    result = CliRunner().invoke(app, path)
+    assert result.exit_code == 130 and result.stdout == ""
+    assert [line[:12] for line in result.stderr.splitlines()] == ["Interrupted:"] * said
+
+
+def printed(*args):
+    """What a command prints with ``--json``: JSON alone, whatever it says on stderr."""
+    result = CliRunner().invoke(app, [*map(str, args), "--json"])
+    assert result.exit_code in (0, 1) and not isinstance(result.exception, Exception), (result.output, result.exception)
+    return json.loads(result.stdout)
+
+
+def test_a_sound_pack_is_told_in_json(tmp_path):
+    file = tmp_path / "a.json"
+    shutil.copy(CATALOGS / "pocket" / "reasoning_pack.json", file)
+    told = printed("packs", "validate", file)
+    assert told["file"] == str(file) and (told["name"], told["status"]) == ("pocket/reasoning_pack", "candidate")
+
+
+def test_latents_and_their_examples_are_told_in_json():
+    told = printed("features", "show", "pocket/reasoning_pack", "--texts", "20", "--top", "2")
+    pack = read_pack(CATALOGS / "pocket" / "reasoning_pack.json")
+    assert told["sae"] == f"{pack.sae.release}/{pack.sae.sae_id}" and "20 texts" in told["corpus"]
+    assert [(each["index"], each["weight"]) for each in told["features"]] == [(f.id, f.weight) for f in pack.features]
+    for each in told["features"]:
+        assert len(each["examples"]) <= 2
+        tops = [max(example["activations"]) for example in each["examples"]]
+        assert tops == sorted(tops, reverse=True) and all(0 < top <= each["maximum"] + 1e-6 for top in tops)
