@@ -1,10 +1,13 @@
 """The command line as a whole: every help has an example, helps are cheap, and ``--json`` prints JSON."""
 
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import typer
@@ -83,3 +86,23 @@ def test_latents_and_their_examples_are_told_in_json():
         assert len(each["examples"]) <= 2
         tops = [max(example["activations"]) for example in each["examples"]]
         assert tops == sorted(tops, reverse=True) and all(0 < top <= each["maximum"] + 1e-6 for top in tops)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["Waiting for application startup", "Uvicorn running"])
+def test_a_terminals_ctrl_c_ends_a_server_quietly(when):
+    """SIGINT to the whole process group, while the worker still imports, and when it serves."""
+    code = "from mechreward.cli import app; app()"
+    command = ["serve", "--model", "mechreward/pocket", "--pack", "pocket/reasoning_pack", "--port", "0"]
+    with subprocess.Popen(
+        [sys.executable, "-c", code, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+    ) as server:  # fmt: skip
+        assert server.stdout is not None
+        before = [next(line for line in server.stdout if when in line)]
+        time.sleep(1)  # the worker is started, and imports
+        os.killpg(server.pid, signal.SIGINT)
+        said = "".join(before + server.stdout.readlines())
+        assert server.wait(60) == 0
+    assert "Traceback" not in said and "Interrupted" not in said and "same command" not in said
+    assert "Application shutdown complete" in said
