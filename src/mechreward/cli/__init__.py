@@ -33,6 +33,8 @@ class OneSentence(TyperGroup):
             typer.echo(kept, err=True)
             raise typer.Exit(130) from None
         except KeyboardInterrupt:
+            if ctx.invoked_subcommand == "serve":  # while it loads; a server has nothing to go on with
+                raise typer.Exit(130) from None
             typer.echo("Interrupted: nothing that was finished is lost; give the same command to go on.", err=True)
             raise typer.Exit(130) from None
         except MechRewardError as error:

@@ -29,7 +29,10 @@ def load_pack(name: str) -> FeaturePack:
     if name.endswith(".json"):
         return read_pack(Path(name))
     if name not in shipped_packs():
-        raise PackError(f"There is no pack '{name}' in the catalogs.{nearest(name, shipped_packs())}")
+        hint = (
+            nearest(name, shipped_packs()) or " 'mechreward packs list' names them; the path of a file ends in .json."
+        )
+        raise PackError(f"There is no pack '{name}' in the catalogs.{hint}")
     return read_pack(CATALOGS / f"{name}.json")
 
 

@@ -10,6 +10,7 @@ import multiprocessing
 import signal
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,9 @@ logger = logging.getLogger(__name__)
 
 PAUSE = 5.0
 """Seconds between two attempts to start a worker that cannot be started."""
+
+ENDING = {signal.SIGINT, signal.SIGTERM}
+"""What a worker does not listen to: it may reach the whole group, and the server drains, then ends the worker."""
 
 
 class WorkerDied(Exception):
@@ -75,7 +79,7 @@ class Worker:
         process = context.Process(
             target=_work, args=(theirs, self.served, self.folder), name="mechreward-worker", daemon=True
         )
-        await self._in_thread(process.start)
+        await self._in_thread(_start_deaf, process)
         theirs.close()
         self._process = process
         self.limits = await self._in_thread(self._exchange)
@@ -164,10 +168,21 @@ class Worker:
             self._connection.close()
 
 
+def _start_deaf(process: Any) -> None:
+    """Start a process that inherits blocked signals: it imports for seconds before :func:`_work` can ignore any."""
+    resource_tracker.ensure_running()  # which unblocks them where it starts
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+    try:
+        process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _work(connection: Connection, served: Served, folder: Path) -> None:
     """The worker process: loads, then answers one question after the other until the server is gone."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # may reach the whole group; the server drains, then ends us
+    for number in ENDING:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
     logging.config.dictConfig(CONFIG)
     logging.captureWarnings(True)
     transformers.utils.logging.disable_progress_bar()  # it is no line of JSON
