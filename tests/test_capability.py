@@ -301,7 +301,11 @@ class TestReport:
         report = json.loads(file.read_text())
         assert file.with_suffix(".md").read_text() == capability.markdown(report)
         again = {n: {w: c.report() for w, c in cs.items()} for n, cs in capability.compared(report).items()}
-        assert json.loads(json.dumps(again)) == report["compared"]
+
+        def rounded(value):  # exp and log differ by a last digit between processors
+            return json.loads(json.dumps(value), parse_float=lambda digits: round(float(digits), 12))
+
+        assert rounded(again) == rounded(report["compared"])
         assert file.stat().st_size < 300_000
 
 

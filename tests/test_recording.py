@@ -160,7 +160,17 @@ def test_what_goes_wrong_ends_the_recording_and_not_the_training(tmp_path, monke
     monkeypatch.setattr(recording, "traced", broken)
     trainer, _ = train(tmp_path, max_completion_length=8)
     assert trainer.state.global_step == 2
-    assert sum("Nothing more is recorded" in r.message and "disk is full" in r.message for r in caplog.records) == 1
+    assert (
+        sum("No more rollouts are recorded" in r.message and "disk is full" in r.message for r in caplog.records) == 1
+    )
+    assert len(read_jsonl(tmp_path / "metrics.jsonl")) == 2 and trainer.recording.broken == {"rollouts"}
+
+
+def test_a_file_of_that_name_that_is_not_ours_is_kept(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("somebody's own\n")
+    train(tmp_path, max_completion_length=8)
+    assert (tmp_path / "metrics.jsonl.old").read_text() == "somebody's own\n"
+    assert len(read_jsonl(tmp_path / "metrics.jsonl")) == 2
 
 
 def test_wide_readouts_are_cut_to_their_heaviest_columns():

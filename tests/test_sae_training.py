@@ -567,7 +567,7 @@ class TestDocs:
                 parsers[Path(name).stem]()
 
     def test_label_script(self, tmp_path):
-        code = re.search(r"<!-- label.py -->\n```python\n(.*?)```", self.docs, re.DOTALL)[1]
+        code = re.search(r"<!-- label.py -->\n(?:<!--.*?-->\n)*```python\n(.*?)```", self.docs, re.DOTALL)[1]
         (tmp_path / "label.py").write_text(code)
         completions = {
             "48 / 2 = 24 and 1,000 + $24 = $1024.": True,
