@@ -9,17 +9,13 @@ coefficients and learning rates on training questions; after them, `--tables` wr
 import argparse
 import json
 import sys
-import warnings
 from pathlib import Path
-
-import transformers
 
 from mechreward.errors import MechRewardError
 from mechreward.experiments import crl, crl_results
 from mechreward.experiments.config import read_config
 from mechreward.experiments.crl import CRLConfig
-from mechreward.experiments.runner import chosen_runs
-from mechreward.extras import require
+from mechreward.experiments.runner import chosen_runs, quiet
 from mechreward.integrations.recording import write_json
 
 
@@ -65,10 +61,7 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, default=results, help="folder for the tables")
     parser.add_argument("--debug", action="store_true", help="show where an error comes from")
     options = parser.parse_args()
-    warnings.filterwarnings("ignore")
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    require("datasets", "trl").disable_progress_bars()
+    quiet()
     try:
         config = read_config(options.config, CRLConfig)
         if options.tune:

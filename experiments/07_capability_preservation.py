@@ -13,17 +13,14 @@ import argparse
 import json
 import re
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
-
-import transformers
 
 from mechreward.errors import DataError, MechRewardError
 from mechreward.experiments import capability
 from mechreward.experiments.capability import CapabilityConfig, Scores
 from mechreward.experiments.capability_tasks import fingerprint, measure, packages
-from mechreward.extras import require
+from mechreward.experiments.runner import quiet
 
 
 def measured(config: CapabilityConfig, kept: Path) -> dict[str, Any]:
@@ -92,10 +89,7 @@ if __name__ == "__main__":
     parser.add_argument("--tables", action="store_true", help="measure nothing: the tables again, from stored scores")
     parser.add_argument("--debug", action="store_true", help="show where an error comes from")
     options = parser.parse_args()
-    warnings.filterwarnings("ignore")
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    require("datasets", "trl").disable_progress_bars()
+    quiet()
     try:
         config = capability.read_config(options.config)
         file = options.out / f"capability-{config.name}"

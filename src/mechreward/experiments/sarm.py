@@ -20,7 +20,6 @@ import json
 import random
 import sys
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -28,7 +27,6 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-import transformers
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from safetensors.torch import load_file, save_file
@@ -41,7 +39,6 @@ from mechreward.baselines.sarm import Mode, Recipe, Reconstructs, Sarm, SarmRewa
 from mechreward.errors import ConfigError, DataError, MechRewardError, nearest
 from mechreward.experiments import arms, runner
 from mechreward.experiments.config import Arm, Count, ExperimentConfig, Positive, Text, read_config
-from mechreward.extras import require
 from mechreward.integrations.recording import write_json
 from mechreward.pocket.questions import OTHER_WORDING, WORDING, corpus_completion, questions
 from mechreward.reward.composition import CompositeReward
@@ -604,10 +601,7 @@ def main(about: str) -> None:
     parser.add_argument("--out", type=Path, default=Path("experiments/results"), help="folder for the results")
     parser.add_argument("--debug", action="store_true", help="show where an error comes from")
     options = parser.parse_args()
-    warnings.filterwarnings("ignore")
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    require("datasets", "trl").disable_progress_bars()
+    runner.quiet()
     try:
         config = read_config(options.config, SarmConfig)
         for stage in [options.stage] if options.stage else STAGES:
