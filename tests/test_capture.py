@@ -180,7 +180,7 @@ def test_tool_output_is_not_read(models, saved_sae):
 def test_every_turn_of_a_rollout_is_read():
     """Each of the model's turns ends with an EOS of its own: TRL's tool loop joins them."""
     batch = batch_of([[3, 4]], [[5, 6, EOS, 9, 9, 9, 7, 8, EOS]], tool_mask=[[1, 1, 1, 0, 0, 0, 1, 1, 1]])
-    assert batch.lengths == [9]
+    assert batch.lengths == [6] and batch.written == [[5, 6, EOS, 7, 8, EOS]]
     assert batch.mask().tolist() == [[True, True, True, False, False, False, True, True, False]]
 
 

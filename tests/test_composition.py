@@ -53,38 +53,96 @@ def hybrid(mode="hero", **options):
 # -- sum ---------------------------------------------------------------------------------------------------------------
 
 
-def test_a_sum_by_hand_with_none_left_out():
+def filled(values, sign, group):
+    """What a part counts as, one rollout at a time: the least favourable of its group, else of all, stands for NaN."""
+    out = []
+    for i, value in enumerate(values):
+        start = i - i % group
+        known = [v for v in values[start : start + group] if not math.isnan(v)]
+        known = known or [v for v in values if not math.isnan(v)] or [NAN]
+        out.append((min(known) if sign > 0 else max(known)) if math.isnan(value) else value)
+    return out
+
+
+def test_a_sum_by_hand_with_the_least_favourable_for_none():
     reward = CompositeReward([Given("a"), Given("b"), Given("c")], weights=[1, -0.5, 10])
-    got = score(reward, a=[1, NAN, NAN, 4], b=[2, 6, NAN, NAN], c=[0.25, NAN, NAN, NAN])
-    close(got.values, [1 - 1 + 2.5, -3, NAN, 4])
+    got = score(reward, 4, a=[1, NAN, NAN, 4], b=[2, 6, NAN, NAN], c=[0.25, NAN, NAN, NAN])
+    close(got.values, [1 - 1 + 2.5, 1 - 3 + 2.5, 1 - 3 + 2.5, 4 - 3 + 2.5])
+    assert got.metrics == {"a/unscored": 2, "b/unscored": 2, "c/unscored": 3}
+    close(got.parts["b"], [2, 6, NAN, NAN])  # what is logged was really read
+    # Two groups: the second has no c of its own, and takes the batch's least; nobody has d.
+    reward = CompositeReward([Given("c"), Given("d")], weights=[1, -1])
+    got = score(reward, 2, c=[3, 5, NAN, NAN], d=[NAN] * 4)
+    close(got.values, [3, 5, 3, 3])
+    close(score(CompositeReward([Given("d")]), d=[NAN] * 4).values, [NAN] * 4)
+    # What a subtracted composite adds is subtracted: its least favourable is the largest.
+    nested = CompositeReward([CompositeReward([Given("c")], weights=[2.0])], weights=[-1.0])
+    close(score(nested, 3, c=[1, 4, NAN]).values, [-2, -8, -8])
 
 
-@given(st.lists(st.lists(st.one_of(st.floats(-100, 100), st.just(NAN)), min_size=3, max_size=3), min_size=1), st.data())
+@given(
+    st.integers(1, 4),
+    st.lists(st.lists(st.one_of(st.floats(-100, 100), st.just(NAN)), min_size=3, max_size=3), min_size=1),
+    st.data(),
+)
 @settings(max_examples=60, deadline=None)
-def test_a_sum_equals_a_loop(rows, data):
+def test_a_sum_equals_a_loop(group, rows, data):
+    rows = rows * group
     weights = data.draw(st.lists(st.floats(-5, 5), min_size=3, max_size=3))
     reward = CompositeReward([Given("a"), Given("b"), Given("c")], weights=weights)
     columns = {name: [row[i] for row in rows] for i, name in enumerate("abc")}
+    parts = [filled(values, math.copysign(1, w), group) for values, w in zip(columns.values(), weights, strict=True)]
     want = []
-    for row in rows:
+    for row in zip(*parts, strict=True):
         known = [w * r for w, r in zip(weights, row, strict=True) if not math.isnan(r)]
         want.append(sum(known) if known else NAN)
-    close(score(reward, **columns).values, want, 1e-3)
+    close(score(reward, group, **columns).values, want, 1e-3)
 
 
-def test_all_none_becomes_none():
+@given(
+    st.integers(2, 5),
+    st.integers(1, 3),
+    st.sampled_from([{"mode": "sum"}, {"mode": "gated"}, {"mode": "gated", "gate": "penalty"}, {"mode": "hero"}]),
+    st.lists(st.floats(-3, 3).filter(bool), min_size=2, max_size=2),
+    st.floats(0.1, 2),
+    st.data(),
+)
+@settings(max_examples=150, deadline=None)
+def test_what_cannot_be_read_never_outranks_a_right_answer_nor_escapes_a_penalty(
+    group, groups, options, weights, outcomes_weight, data
+):
+    n, value = group * groups, st.one_of(st.integers(-20, 20).map(float), st.just(NAN))
+    right = data.draw(st.lists(st.sampled_from([0.0, 1.0]), min_size=n, max_size=n))
+    a, b = (data.draw(st.lists(value, min_size=n, max_size=n)) for _ in "ab")
+    reward = CompositeReward([outcome(), Given("a"), Given("b")], [outcomes_weight, *weights], **options)
+    got = score(reward, group, right=right, a=a, b=b).values.tolist()
+    for i in range(n):
+        if not (math.isnan(a[i]) and math.isnan(b[i])):
+            continue
+        for j in range(i - i % group, i - i % group + group):
+            if right[i] < right[j]:
+                # Where features count for right answers alone, they can cost these more than the outcome is worth, and
+                # no wrong answer, readable or not, pays that.
+                assert got[i] < got[j] or options == {"mode": "gated"}
+            elif right[i] == right[j]:
+                assert got[i] <= got[j] + 1e-4
+
+
+def test_reading_nothing_at_all():
     reward = CompositeReward([outcome(), FeatureReward(one_column())])
     source = Told(readings_of([[], [(2.0, True)], []]))
-    assert reward(["p"] * 3, ["c"] * 3, source=source, right=[None, None, 1.0]) == [None, 2.0, 1.0]
+    assert reward(["p"] * 3, ["c"] * 3, source=source, right=[None, None, 1.0]) == [2.0, 2.0, 3.0]
+    source = Told(readings_of([[], [], []]))
+    assert reward(["p"] * 3, ["c"] * 3, source=source, right=[None, 0.0, 1.0]) == [None, 0.0, 1.0]
 
 
 def test_composites_nest():
     inner = CompositeReward([Given("a"), Given("b")], weights=[2, 3], name="inner")
     outer = CompositeReward([inner, Given("c")], weights=[10, 1])
     got = score(outer, a=[1.0, NAN], b=[1.0, NAN], c=[0.5, 0.5])
-    close(got.values, [50.5, 0.5])
+    close(got.values, [50.5, 50.5])
     assert set(got.parts) == {"inner", "inner/a", "inner/b", "c"}
-    close(got.parts["inner"], [5, NAN])
+    close(got.parts["inner"], [5, 5])
 
 
 def test_parts_of_the_same_name_are_all_logged():
@@ -205,7 +263,7 @@ def test_hero_equals_a_loop_step_after_step(group, groups, steps, data):
     for _ in range(steps):
         right = data.draw(st.lists(verdicts, min_size=n, max_size=n))
         features = data.draw(st.lists(modest, min_size=n, max_size=n))
-        want, sigma_bar = by_loop(right, features, group, hero, sigma_bar)
+        want, sigma_bar = by_loop(right, filled(features, 1, group), group, hero, sigma_bar)
         close(score(reward, group, right=right, f=features).values, want)
         assert reward.sigma_bar == pytest.approx(sigma_bar, abs=1e-5)
 
@@ -244,8 +302,8 @@ def test_a_lone_right_rollout_gets_the_low_end_of_its_band():
 
 def test_hero_ranks_by_the_weighted_sum_of_the_features():
     reward = CompositeReward([Given("a"), outcome(), Given("b")], weights=[1.0, 1.0, -2.0], mode="hero")
-    got = score(reward, right=[1, 1, 1], a=[1.0, 4.0, 2.0], b=[0.0, 3.0, NAN]).values  # a - 2b = 1, -2, 2
-    close(got / got.min(), np.array([0.95 + 0.1 * 3 / 4, 0.95, 1.05]) / 0.95)
+    got = score(reward, right=[1, 1, 1], a=[1.0, 4.0, 2.0], b=[0.0, 3.0, NAN]).values  # a - 2b = 1, -2, 2 - 2 x 3
+    close(got / got.min(), np.array([1.05, 0.95 + 0.1 * 2 / 5, 0.95]) / 0.95)
 
 
 @pytest.mark.parametrize(
@@ -320,8 +378,8 @@ def test_a_scaling_that_cancels_the_difficulty_weight_is_warned_of():
 def test_gated_by_hand():
     right, f = [1, 1, 1, 0, 0, NAN], [2.0, -3.0, NAN, 2.0, -3.0, 7.0]
     passes, penalty = (hybrid("gated", gate=gate, weights=[2.0, 0.5]) for gate in ("passes", "penalty"))
-    close(score(passes, right=right, f=f).values, [3, 0.5, 2, 0, 0, NAN])
-    close(score(penalty, right=right, f=f).values, [2, 0.5, 2, 0, -1.5, NAN])
+    close(score(passes, right=right, f=f).values, [3, 0.5, 0.5, 0, 0, NAN])
+    close(score(penalty, right=right, f=f).values, [2, 0.5, 0.5, 0, -1.5, NAN])
     assert score(hybrid("gated"), right=[0.25, 0.75], f=[1.0, 1.0]).values.tolist() == [0.25, 1.75]
 
 
@@ -448,7 +506,7 @@ def test_a_composite_is_a_trl_reward_function():
         trainer_state=trainer.state, log_extra=trainer._log_completion_extra, log_metric=trainer._log_metric,
         environments=None,
     )  # fmt: skip
-    assert values == [1.5, None] and all(type(v) in (float, type(None)) for v in values)
+    assert values == [1.5, 0.5] and all(type(v) in (float, type(None)) for v in values)
     assert reward.__name__ == "mix" and callable(reward)
     assert {"mix/right", "mix/f", "mix/flags"} == set(trainer.extra)
     assert all(len(column) == 2 for column in trainer.extra.values())
@@ -489,7 +547,7 @@ def test_tokens_sum_to_the_reward_whatever_guards_and_gates_say(rows, weight, op
         part.request: readings_of([[*tokens, *[(9.0, False)] * (width - len(tokens))] for tokens, _, _ in rows])
     }
     batch = replace(
-        rollouts(len(rows), 1, columns={"right": [right for _, right, _ in rows]}),
+        rollouts(len(rows), len(rows), columns={"right": [right for _, right, _ in rows]}),
         completion_ids=[[*range(len(tokens) + 1)] for tokens, _, _ in rows],
     )
     if guarded:
@@ -502,7 +560,9 @@ def test_tokens_sum_to_the_reward_whatever_guards_and_gates_say(rows, weight, op
             assert got.isnan().all()
             continue
         close(got.nansum(), value, 1e-3)
-        has = [read for _, read in tokens] + [not math.isnan(right)]
+        read = [read for _, read in tokens]
+        counted = not any(read) and any(read for other, _, _ in rows for _, read in other)  # as another rollout's
+        has = [*read, counted or not math.isnan(right)]
         assert (~got.isnan()).tolist() == has + [False] * (len(got) - len(has))
 
 
@@ -527,6 +587,6 @@ def test_what_is_no_number_of_a_token_goes_to_the_last_one():
                 [*ranked.requests, *nested.requests]}  # fmt: skip
     batch = replace(rollouts(2, 2, columns={"g": [5.0, NAN]}), completion_ids=[[5, 6], [5, 6]])
     close(ranked.per_token(batch, readings), [[NAN, -0.7071], [NAN, 0.7071]], 1e-3)
-    close(nested.per_token(batch, readings), [[2, 5], [6, NAN]])
+    close(nested.per_token(batch, readings), [[2, 5], [6, 5]])
     with pytest.raises(RewardError, match="whole rollouts"):
         hybrid().per_token(batch, {})

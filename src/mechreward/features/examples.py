@@ -24,7 +24,7 @@ from torch import nn
 from mechreward.errors import DataError
 from mechreward.pocket.questions import questions
 from mechreward.readout import Readout, ReadoutBank
-from mechreward.rollout.batch import Call, RolloutBatch, Text, plain_text
+from mechreward.rollout.batch import Call, RolloutBatch, Text, own_text
 from mechreward.rollout.capture import check_fits, unwrap
 from mechreward.rollout.hf import HFSource, read_forward
 from mechreward.schema import shown
@@ -291,7 +291,7 @@ def _pieces(item: str | Passage, tokenizer: Any, length: int) -> Iterator[Passag
         return
     ids = item.completion_ids
     if ids is None:
-        ids = tokenizer(plain_text(item.completion), add_special_tokens=False, verbose=False).input_ids
+        ids = tokenizer(own_text(item.completion), add_special_tokens=False, verbose=False).input_ids
     if len(ids):
         yield Passage(item.prompt, item.completion, ids)
 

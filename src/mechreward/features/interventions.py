@@ -94,13 +94,13 @@ def cues(model: Any, rollouts: Labelled, reward: Rewards, tell: Tell = silent) -
                 token = ids[t]
                 sums[token] = sums.get(token, 0.0) + float(values[row, t])
                 counts[token] = counts.get(token, 0) + 1
-                if t > 0:
+                if t > 0 and piece.own[row, t - 1]:
                     earlier = before.setdefault(token, {})
                     earlier[ids[t - 1]] = earlier.get(ids[t - 1], 0) + 1
     ends = rollouts.batch.eos_token_ids
     often = [t for t in counts if counts[t] >= SEEN and t not in ends] or [t for t in counts if t not in ends]
     best = sorted(often, key=lambda t: -sums[t] / counts[t])[:CUES]
-    shares = np.array([sum(t in best for t in ids) / len(ids) for ids in rollouts.batch.completion_ids])
+    shares = np.array([sum(t in best for t in ids) / len(ids) for ids in rollouts.batch.written])
     more = float(shares[rollouts.labels].mean() - shares[~rollouts.labels].mean())
     common = [[max(before[t], key=lambda b: before[t][b])] if t in before else [] for t in best]
     return Cues(best, common, min(0.5, max(LEAST_RATE, more)))
@@ -117,21 +117,32 @@ def injected(batch: RolloutBatch, found: Cues, how: str, seed: int = 0) -> Rollo
         seed: Of the places.
     """
     rng = np.random.default_rng(seed)
-    changed = []
-    for ids in batch.completion_ids:
-        own, end = _without_end(list(ids), batch.eos_token_ids)
-        count = max(CUES, math.ceil(found.rate * len(own)))
+    changed, masks = [], []
+    for row, ids in enumerate(batch.completion_ids):
+        text, end = _without_end(list(ids), batch.eos_token_ids)
+        # Flags of the text's tokens: cues are put between the model's own, never into a tool's.
+        own = [1] * len(text)
+        if batch.tool_mask is not None:
+            text, end, own = list(ids), [], list(batch.tool_mask[row])
+        count = max(CUES, math.ceil(found.rate * sum(own)))
         which = [int(rng.integers(len(found.tokens))) for _ in range(count)]
-        if how == "prepended":
-            own = [found.tokens[w] for w in which] + own
-        elif how == "appended":
-            own = own + [found.tokens[w] for w in which]
+        if how in ("prepended", "appended"):
+            place, cues = (0 if how == "prepended" else len(text)), [found.tokens[w] for w in which]
+            text[place:place], own[place:place] = cues, [1] * len(cues)
         else:
             for w in which:
-                place = int(rng.integers(len(own) + 1))
-                own[place:place] = [*(found.before[w] if how == "in_context" else []), found.tokens[w]]
-        changed.append(own + end)
-    return replace(batch, completion_ids=changed, completions=["" for _ in changed])
+                places = [t for t, mine in enumerate([*own, 1]) if mine]
+                place = places[int(rng.integers(len(places)))]
+                cues = [*(found.before[w] if how == "in_context" else []), found.tokens[w]]
+                text[place:place], own[place:place] = cues, [1] * len(cues)
+        changed.append(text + end)
+        masks.append(own)
+    return replace(
+        batch,
+        completion_ids=changed,
+        completions=["" for _ in changed],
+        tool_mask=None if batch.tool_mask is None else masks,
+    )
 
 
 INJECTIONS = ("interspersed", "in_context", "prepended", "appended")
@@ -158,8 +169,10 @@ def reformatted(rollouts: Labelled, tokenizer: Any, change: Callable[[str], str]
 
 
 def rewritten(rollouts: Labelled, tokenizer: Any, texts: Sequence[str]) -> RolloutBatch | None:
-    """The rollouts with other completions, or None where the tokenizer cannot write them."""
+    """The rollouts with other completions; None where the tokenizer cannot write them, or they have several turns."""
     batch = rollouts.batch
+    if batch.tool_mask is not None:  # which tokens would be the model's own is unknown
+        return None
     ids = [list(each) for each in tokenizer(list(texts), add_special_tokens=False).input_ids]
     back = tokenizer.batch_decode(ids, clean_up_tokenization_spaces=False)
     if any(a.strip() != b.strip() for a, b in zip(back, texts, strict=True)) or not all(ids):
@@ -187,11 +200,11 @@ def surprise(model: Any, batch: RolloutBatch, temperature: float = 1.0, tell: Te
         for row, text in enumerate(texts):
             ids[row, : len(text)], real[row, : len(text)] = torch.tensor(text), 1
         logits = model(input_ids=ids.to(device), attention_mask=real.to(device), use_cache=False).logits
-        for row, length in enumerate(piece.lengths):
-            first = len(piece.prompt_ids[row])
-            log_p = (logits[row, first - 1 : first + length - 1].float() / temperature).log_softmax(dim=-1).cpu()
-            chosen = log_p.gather(1, ids[row, first : first + length, None])[:, 0]
+        for row, own in enumerate(piece.own):
+            at = own.nonzero()[:, 0] + len(piece.prompt_ids[row])
+            log_p = (logits[row, (at - 1).to(logits.device)].float() / temperature).log_softmax(dim=-1).cpu()
+            chosen = log_p.gather(1, ids[row, at, None])[:, 0]
             entropy = -(log_p.exp() * log_p).nan_to_num().sum(dim=-1)
-            found.append((float((-chosen - entropy).sum()), length))
+            found.append((float((-chosen - entropy).sum()), len(at)))
         tell(len(found), len(batch))
     return np.array(found)

@@ -65,7 +65,8 @@ def reason_scores(
     sums, counts = torch.zeros(len(words) + 2, sae.d_sae, dtype=torch.float64), torch.zeros(len(words) + 2)
     for piece, (readings,) in read_in_pieces(model, batch, [sae.all_features()]):
         around = torch.zeros(len(words), *readings.mask.shape, dtype=torch.bool)
-        for row, ids in enumerate(piece.completion_ids):
+        for row, tokens in enumerate(piece.completion_ids):
+            ids = [token if own else -1 for token, own in zip(tokens, piece.own[row].tolist(), strict=False)]
             for word, written in enumerate(forms):
                 for t in _around(ids, written):
                     around[word, row, t] = True

@@ -146,9 +146,7 @@ class Repetition(Detector):
     name = "repetition"
 
     def scores(self, batch: RolloutBatch, readings: Mapping[Request, Readings]) -> Tensor:
-        return torch.tensor(
-            [repeated_ngrams(ids[:n], 4) for ids, n in zip(batch.completion_ids, batch.lengths, strict=True)]
-        )
+        return torch.tensor([repeated_ngrams(ids, 4) for ids in batch.written])
 
     def reason(self, score: float, usual: float) -> str:
         return f"{score:.0%} of 4-grams repeat (usual: up to {usual:.0%})"
@@ -234,7 +232,7 @@ class CueStuffing(Detector):
                 token = str(ids[t])
                 self.paid[token] = self.paid.get(token, 0.0) + float(paid[row, t])
                 self.seen[token] = self.seen.get(token, 0) + 1
-                pair = f"{ids[t - 1] if t else 'start'} {token}"
+                pair = f"{_before(ids, batch.own[row], t)} {token}"
                 self.pairs[pair] = self.pairs.get(pair, 0) + 1
 
     @property
@@ -245,13 +243,19 @@ class CueStuffing(Detector):
 
     def scores(self, batch: RolloutBatch, readings: Mapping[Request, Readings]) -> Tensor:
         cues, shares = self.cues, []
-        for ids, n in zip(batch.completion_ids, batch.lengths, strict=True):
-            pairs = [(f"{ids[t - 1] if t else 'start'} {ids[t]}", str(ids[t])) for t in range(n)]
+        for ids, own, n in zip(batch.completion_ids, batch.own, batch.lengths, strict=True):
+            at = own.nonzero()[:, 0].tolist()
+            pairs = [(f"{_before(ids, own, t)} {ids[t]}", str(ids[t])) for t in at]
             shares.append(sum(token in cues and pair not in self.pairs for pair, token in pairs) / max(n, 1))
         return torch.tensor(shares)
 
     def reason(self, score: float, usual: float) -> str:
         return f"{score:.0%} of tokens are cues of the reward where none comes otherwise (usual: up to {usual:.0%})"
+
+
+def _before(ids: Sequence[int], own: Tensor, t: int) -> int | str:
+    """The token that the model wrote before its token t; a turn's first one comes after ``start``."""
+    return ids[t - 1] if t and own[t - 1] else "start"
 
 
 class EmptySteps(Detector):

@@ -74,6 +74,7 @@ class RewardClient:
         labels: Sequence[str | None] | None = None,
         num_generations: int = 1,
         include: Sequence[Detail] = (),
+        response_mask: Sequence[Sequence[int]] | None = None,
     ) -> ScoreReply:
         """Score B rollouts by their token ids; see :class:`ScoreRequest` and :class:`ScoreReply`.
 
@@ -85,6 +86,7 @@ class RewardClient:
             ScoreRequest,
             prompt_ids=[list(ids) for ids in prompt_ids],
             response_ids=[list(ids) for ids in response_ids],
+            response_mask=None if response_mask is None else [list(mask) for mask in response_mask],
             labels=None if labels is None else list(labels),
             num_generations=num_generations,
             include=list(include),

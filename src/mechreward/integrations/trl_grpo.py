@@ -33,7 +33,7 @@ from mechreward.hacking.regularization import adapted, check_options, scheduled
 from mechreward.integrations.recording import Recording, Scored
 from mechreward.readout import Readings, Readout, ReadoutBank, Request
 from mechreward.reward.base import Dense, Reward, Scores
-from mechreward.reward.composition import warn_if_weight_cancels
+from mechreward.reward.composition import least_favourable, warn_if_weight_cancels
 from mechreward.reward.guards import (
     Guard,
     RepetitionDetector,
@@ -46,6 +46,7 @@ from mechreward.reward.guards import (
     load_guards_state,
 )
 from mechreward.reward.normalization import dense_zscore
+from mechreward.reward.outcome import OutcomeReward
 from mechreward.rollout.batch import Call, RolloutBatch
 from mechreward.rollout.capture import (
     GenerationReader,
@@ -496,7 +497,7 @@ class MechRewardGRPOTrainer(GRPOTrainer):
         }
         step = self._step_state
         assert step.batch is not None  # set by _generate
-        batch = replace(step.batch, prompts=prompts, completions=completions, columns=columns)
+        batch = replace(step.batch, columns=columns)
         # All models are read here, in one pass each, before the first reward asks.
         wanted = [Request(r, *key) for key, bank in self._banks.items() for r in bank.readouts]  # pyright: ignore
         with untouched_randomness():  # monitors may have a reference model loaded
@@ -508,12 +509,26 @@ class MechRewardGRPOTrainer(GRPOTrainer):
         step.dropped = step.batch.dropped
         with self._naming_the_reward():
             rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        rewards = self._unscored_filled(rewards, step.batch.num_generations)
         self._run_monitors(step.batch, readings, rewards)
         self._log_step(step.batch)
         if step.dropped is not None:
             everyone = self.accelerator.gather(step.dropped.to(rewards.device))
             rewards = rewards.masked_fill(everyone[:, None], torch.nan)  # type: ignore[index]
         step.rewards = rewards
+        return rewards
+
+    def _unscored_filled(self, rewards: Tensor, num_generations: int) -> Tensor:
+        """Rewards ``[B x processes, F]`` with what our functions could not score, as in a :class:`CompositeReward`.
+
+        TRL adds the functions' rewards and leaves out what is missing, which would be the way out of a penalty.
+        """
+        ours = [
+            i for i, r in enumerate(self.reward_funcs) if isinstance(r, Reward) and not isinstance(r, OutcomeReward)
+        ]
+        if len(self.reward_funcs) > 1 and ours:
+            groups = rewards[:, ours].view(-1, num_generations, len(ours))
+            rewards[:, ours] = least_favourable(groups, self.reward_weights[ours].to(rewards.device)).flatten(0, 1)
         return rewards
 
     @contextmanager
@@ -772,7 +787,9 @@ class _TappedSource:
     def batch(self, call: Call) -> RolloutBatch:
         batch = self.trainer._step_state.batch
         assert batch is not None  # set by _generate
-        return replace(batch, prompts=call.prompts, completions=call.completions, columns=call.columns)
+        # A function around a reward may change the texts. TRL tells it nothing of a rollout_func's mask.
+        completions = batch.completions if self.trainer.rollout_func is not None else call.completions
+        return replace(batch, prompts=call.prompts, completions=completions, columns=call.columns)
 
     def read(self, batch: RolloutBatch, requests: Sequence[Request]) -> Mapping[Request, Readings]:
         return self.trainer.readings(batch, requests)

@@ -101,11 +101,11 @@ class Reward:
             batch, readings, sense: As for :meth:`score`.
 
         Returns:
-            ``[B, T]`` float32 on the CPU, NaN where a token gets nothing. Here the last real token gets all.
+            ``[B, T]`` float32 on the CPU, NaN where a token gets nothing. Here the last token that the model wrote gets
+            all.
         """
-        values, lengths = self.score(batch, readings, sense).values, torch.tensor(batch.lengths)
-        last = torch.arange(batch.mask().shape[1]) == lengths[:, None] - 1
-        return torch.where(last, values[:, None], torch.nan)
+        values = self.score(batch, readings, sense).values
+        return torch.where(batch.last_written(), values[:, None], torch.nan)
 
     def state_dict(self) -> dict[str, Any]:
         """Running statistics, saved with checkpoints (JSON)."""

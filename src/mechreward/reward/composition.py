@@ -62,15 +62,19 @@ class CompositeReward(Reward):
     """Several rewards as one, read in one pass.
 
     Modes:
-        ``"sum"``: sum_i w_i r_i; a part that cannot score a rollout is left out of that rollout's sum.
+        ``"sum"``: sum_i w_i r_i.
         ``"hero"``: bounded and stratified by the verifier, so that a wrong rollout never outranks a right one of its
             group: with z the features' reward scaled to 0..1 among the group's rollouts of the same verdict,
             r = w (-alpha + 2 alpha z) if wrong, w ((1 - beta) + 2 beta z) if right. A lone right rollout (or wrong
-            one) of its group has z = 0 and gets the lower end of its band, as the formula says. A rollout whose
-            features cannot be read has z = 0. The weight w cancels when the trainer divides by the group's standard
-            deviation: use ``scale_rewards="none"``.
+            one) of its group has z = 0 and gets the lower end of its band, as the formula says. The weight w cancels
+            when the trainer divides by the group's standard deviation: use ``scale_rewards="none"``.
         ``"gated"``: features count only where the verifier passes (``gate="passes"``), or only as a penalty
             (``gate="penalty"``: min(features, 0)).
+
+    Where a part other than the outcome cannot score a rollout (no token of it is read), the part counts as the least
+    favourable of its values in the rollout's group, by the sign with which it is used; where the group has none, in
+    the batch; where that has none either, as 0. So a completion that ends at once neither outranks a right one nor
+    escapes a penalty. ``<part>/unscored`` logs how many there were.
 
     The repetition detector runs over every batch, and lowers the feature rewards of what it flags.
 
@@ -155,11 +159,13 @@ class CompositeReward(Reward):
             reward.score(batch, readings, sense * math.copysign(1.0, weight))
             for reward, weight in zip(self.rewards, self.weights, strict=True)
         ]
-        values = torch.stack([s.values for s in scores])  # [parts, B]
+        values = self._filled([s.values for s in scores], batch, sense)  # [parts, B]
         combined = self._combined(values, batch)
         parts, metrics = {}, {}
-        for label, weight, s in zip(labels(self.rewards), self.weights, scores, strict=True):
+        for i, (label, weight, s) in enumerate(zip(labels(self.rewards), self.weights, scores, strict=True)):
             parts[label] = s.values
+            if i not in self.outcomes:
+                metrics[f"{label}/unscored"] = float(s.values.isnan().sum())
             parts |= {f"{label}/{name}": part for name, part in s.parts.items()}
             metrics |= {f"{label}/{name}": metric for name, metric in s.metrics.items()}
             if s.dense:
@@ -176,7 +182,8 @@ class CompositeReward(Reward):
     def per_token(self, batch: RolloutBatch, readings: Mapping[Request, Readings], sense: float = 1.0) -> Tensor:
         """Each part's :meth:`Reward.per_token` times its weight, what the gate closes out as 0.
 
-        A rollout's tokens sum to its score where the features are aggregated by their mean or sum.
+        A rollout's tokens sum to its score where the features are aggregated by their mean or sum. What a part counts
+        as that cannot score a rollout goes to the last token that the model wrote.
 
         Raises:
             RewardError: ``mode="hero"``, which ranks whole rollouts.
@@ -185,13 +192,23 @@ class CompositeReward(Reward):
             raise RewardError("mode='hero' ranks whole rollouts and has no rewards per token: use sum or gated.")
         senses = [sense * math.copysign(1.0, weight) for weight in self.weights]
         parts = list(zip(self.rewards, self.weights, senses, strict=True))
-        values = torch.stack([part.score(batch, readings, own).values for part, _, own in parts])  # [parts, B]
-        tokens = torch.stack([weight * part.per_token(batch, readings, own) for part, weight, own in parts])
+        values = self._filled([part.score(batch, readings, own).values for part, _, own in parts], batch, sense)
+        tokens = torch.stack([part.per_token(batch, readings, own) for part, _, own in parts])  # [parts, B, T]
+        unscored = tokens.isnan().all(dim=2, keepdim=True) & batch.last_written()
+        tokens = torch.where(unscored, values[:, :, None], tokens) * torch.tensor(self.weights)[:, None, None]
         if self.mode == "gated":
             features = [i for i in range(len(parts)) if i not in self.outcomes]
             tokens[features] *= self._opens(values)[:, None]
         total = tokens.nansum(dim=0).masked_fill(tokens.isnan().all(dim=0), torch.nan)  # [B, T]
         return total.masked_fill(self._combined(values, batch).isnan()[:, None], torch.nan)
+
+    def _filled(self, values: Sequence[Tensor], batch: RolloutBatch, sense: float) -> Tensor:
+        """The parts' values ``[parts, B]``, with what counts in place of those that could not be scored."""
+        scored = torch.stack(list(values))
+        signs = torch.tensor([sense * math.copysign(1.0, weight) for weight in self.weights])
+        filled = batch.local(least_favourable(batch.grouped(scored.T), signs)).T
+        filled[self.outcomes] = scored[self.outcomes]
+        return filled
 
     def _combined(self, values: Tensor, batch: RolloutBatch) -> Tensor:
         return {"sum": self._sum, "hero": self._hero, "gated": self._gated}[self.mode](values, batch)
@@ -209,7 +226,7 @@ class CompositeReward(Reward):
         return self._weighted(values, [i for i in range(len(values)) if i not in self.outcomes])
 
     def _gated(self, values: Tensor, batch: RolloutBatch) -> Tensor:
-        outcome, features = values[self.outcomes[0]], self._features(values).nan_to_num(0.0)
+        outcome, features = values[self.outcomes[0]], self._features(values).nan_to_num(0.0)  # NaN: none in the batch
         allowed = features * self._opens(values)
         return outcome * self.weights[self.outcomes[0]] + allowed  # NaN where the outcome is unknown
 
@@ -250,6 +267,25 @@ class CompositeReward(Reward):
         load_guards_state(self.guards or [], state.get("guards", {}))
         for reward, saved in zip(self.rewards, state["rewards"], strict=True):
             reward.load_state_dict(saved)
+
+
+def least_favourable(values: Tensor, signs: Tensor) -> Tensor:
+    """Replace what could not be scored by the least favourable value of the same reward.
+
+    Args:
+        values: ``[groups, N, rewards]``, NaN where a rollout could not be scored.
+        signs: ``[rewards]``: positive where a reward is added, negative where it is subtracted.
+
+    Returns:
+        The same shape: for NaN the least of sign x value in the group, else of all groups. A reward without any value
+        stays NaN.
+    """
+    signs, unscored = signs.sign(), values.isnan()
+    worth = (values * signs).masked_fill(unscored, torch.inf)
+    none_in_group = unscored.all(dim=1, keepdim=True)
+    least = torch.where(none_in_group, worth.amin(dim=(0, 1)), worth.amin(dim=1, keepdim=True))
+    least = least.masked_fill(unscored.all(dim=1).all(dim=0), torch.nan) * signs
+    return torch.where(unscored, least, values)
 
 
 def is_dense(reward: Reward) -> bool:

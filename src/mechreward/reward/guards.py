@@ -165,9 +165,7 @@ class RepetitionDetector:
         return 0.0 if len(ids) - self.n + 1 < self.min_ngrams else repeated_ngrams(ids, self.n)
 
     def __call__(self, batch: RolloutBatch, readings: Mapping[Request, Readings]) -> Verdict:
-        scores = [
-            self.repetition(ids[:length]) for ids, length in zip(batch.completion_ids, batch.lengths, strict=True)
-        ]
+        scores = [self.repetition(ids) for ids in batch.written]
         flagged = torch.tensor([score > self.threshold for score in scores], dtype=torch.bool)
         return Verdict(
             trust=torch.where(flagged, self.trust, 1.0),

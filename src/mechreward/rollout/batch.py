@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -16,17 +18,37 @@ Text = str | Sequence[Message]  # plain, or a conversation
 
 
 def plain_text(text: Text) -> str:
-    """The text of a prompt or completion in either of TRL's formats."""
+    """Return all the text of a prompt or corpus passage, whoever wrote it, from either of TRL's formats."""
     if isinstance(text, str):
         return text
     return "\n".join(_content(message) for message in text)
+
+
+def own_text(completion: Text) -> str:
+    """Return what the model itself wrote of a completion: plain text, or the assistant's messages.
+
+    What a tool, a user or an environment wrote into a completion is context, never the model's answer.
+    """
+    if isinstance(completion, str):
+        return completion
+    return "\n".join(_content(message) for message in completion if _is_own(message))
+
+
+def holds_others_turns(completion: Text) -> bool:
+    """Return whether a tool, a user or an environment wrote some of a completion's messages."""
+    return not isinstance(completion, str) and not all(map(_is_own, completion))
+
+
+def _is_own(message: Message) -> bool:
+    return message.get("role", "assistant") == "assistant"
 
 
 def _content(message: Message) -> str:
     content = message.get("content") or ""
     if isinstance(content, str):
         return content
-    return "".join(block.get("text", "") for block in content)  # typed blocks: images carry no text
+    # Typed blocks: images carry no text, and `datasets` writes the text that a block lacks as None.
+    return "".join(block.get("text") or "" for block in content)
 
 
 @dataclass(frozen=True)
@@ -45,13 +67,15 @@ class RolloutBatch:
 
     Attributes:
         prompts: B prompts, plain or conversational.
-        completions: B completions, likewise.
+        completions: B completions, likewise. Plain ones hold the model's own text alone; in conversations, the
+            assistant's messages are the model's.
         prompt_ids: B lists of token ids, exactly as the model reads them, without padding.
         completion_ids: B lists of sampled token ids, without padding.
         columns: The dataset's other columns, B values each.
         num_generations: Rollouts per prompt (group size).
         eos_token_ids: Tokens that end a completion.
-        tool_mask: For multi-turn rollouts, 1 where the model wrote the token and 0 where a tool did.
+        tool_mask: For multi-turn rollouts, B lists with a flag per token of ``completion_ids``: 1 where the model wrote
+            the token, 0 where a tool, a user or an environment did.
         training: False in evaluation, which must not move running statistics.
         progress: Share of the training steps that are done, 0 to 1.
         gather: Brings the rows of all processes together, ``[B, ...] -> [B x processes, ...]``: groups may span
@@ -84,30 +108,51 @@ class RolloutBatch:
             "completions": len(self.completions),
             "prompt_ids": len(self.prompt_ids),
             "completion_ids": len(self.completion_ids),
+            **({} if self.tool_mask is None else {"masks": len(self.tool_mask)}),
             **{f"column '{name}'": len(values) for name, values in self.columns.items()},
         }
         if len(set(counts.values())) > 1:
             listed = ", ".join(f"{count} {name}" for name, count in counts.items())
             raise RewardError(f"A rollout batch needs one row each of everything, but has {listed}.")
+        for row, (written, ids) in enumerate(zip(self.tool_mask or [], self.completion_ids, strict=False)):
+            if len(written) != len(ids):
+                raise RewardError(
+                    f"Rollout {row} has {len(ids)} completion tokens and a mask of {len(written)}: give one flag per "
+                    "token, 1 where the model wrote it."
+                )
 
     def __len__(self) -> int:
         return len(self.completions)
 
-    @property
+    @cached_property
     def texts(self) -> list[str]:
-        """The completions as plain text."""
-        return [plain_text(completion) for completion in self.completions]
+        """What the model itself wrote, B plain texts."""
+        return [own_text(completion) for completion in self.completions]
 
-    @property
+    @cached_property
+    def own(self) -> Tensor:
+        """``[B, T]`` bool on the CPU, T the longest completion: the tokens that the model itself wrote.
+
+        Of a single turn, those up to and including the first EOS; each of several turns ends with an EOS of its own.
+        """
+        own = torch.zeros(len(self), max(map(len, self.completion_ids), default=0), dtype=torch.bool)
+        for row, ids in enumerate(self.completion_ids):
+            if self.tool_mask is not None:
+                own[row, : len(ids)] = torch.tensor(self.tool_mask[row], dtype=torch.bool)
+            else:
+                own[row, : next((t + 1 for t, token in enumerate(ids) if token in self.eos_token_ids), len(ids))] = True
+        return own
+
+    @cached_property
+    def written(self) -> list[list[int]]:
+        """The token ids that the model itself wrote, B lists."""
+        rows = zip(self.completion_ids, self.own.tolist(), strict=True)
+        return [[token for token, own in zip(ids, flags, strict=False) if own] for ids, flags in rows]
+
+    @cached_property
     def lengths(self) -> list[int]:
-        """Real tokens of each completion: up to and including the first EOS, or all turns of a multi-turn rollout."""
-        if self.tool_mask is not None:  # each of the model's turns ends with an EOS of its own
-            return [len(ids) for ids in self.completion_ids]
-        lengths = []
-        for ids in self.completion_ids:
-            end = next((t + 1 for t, token in enumerate(ids) if token in self.eos_token_ids), len(ids))
-            lengths.append(end)
-        return lengths
+        """How many tokens of each completion the model itself wrote."""
+        return self.own.sum(dim=1).tolist()
 
     @property
     def longest(self) -> int:
@@ -140,13 +185,29 @@ class RolloutBatch:
         The final sampled token is never fed back during generation, so the tap there cannot read it; it is left out
         on every tap, unless ``read_last``, so that a reward never depends on which tap served it.
         """
-        width = max((len(ids) for ids in self.completion_ids), default=0)
-        ends = torch.tensor(self.lengths, dtype=torch.long) - (0 if read_last else 1)
-        mask = torch.arange(width) < ends[:, None]
-        if self.tool_mask is not None:
-            for row, written in enumerate(self.tool_mask):
-                mask[row, : len(written)] &= torch.tensor(written, dtype=torch.bool)
-        return mask
+        if read_last:
+            return self.own.clone()
+        last = torch.tensor([len(ids) for ids in self.completion_ids], dtype=torch.long) - 1
+        if self.tool_mask is None:
+            last = self.own.sum(dim=1) - 1
+        return self.own & (torch.arange(self.own.shape[1]) != last[:, None])
+
+    def last_written(self) -> Tensor:
+        """``[B, T]`` bool: the last token of each completion that the model itself wrote."""
+        return self.own & (self.own.cumsum(dim=1) == self.own.sum(dim=1, keepdim=True))
+
+    def decoded(self, tokenizer: Any) -> RolloutBatch:
+        """Return this batch with completions decoded from the tokens that the model itself wrote.
+
+        Each run of them is decoded by itself, so that no word spans what stood in between.
+        """
+        texts = []
+        for ids, flags in zip(self.completion_ids, self.own.tolist(), strict=True):
+            runs = groupby(zip(ids, flags, strict=False), key=lambda pair: pair[1])
+            texts.append(
+                "\n".join(tokenizer.decode([t for t, _ in run], skip_special_tokens=True) for own, run in runs if own)
+            )
+        return replace(self, completions=texts)
 
     def grouped(self, rows: Tensor) -> Tensor:
         """``[B, ...] -> [groups, num_generations, ...]`` over all processes.

@@ -9,13 +9,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from mechreward.errors import RewardError
 from mechreward.readout import Readings, Readout, ReadoutBank, Request
-from mechreward.rollout.batch import Call, RolloutBatch
+from mechreward.rollout.batch import Call, RolloutBatch, holds_others_turns, own_text
 from mechreward.rollout.capture import check_fits, unwrap
 from mechreward.rollout.hf import group_requests, read_forward, refuse_dense
 
@@ -51,7 +52,9 @@ class TextOnly:
 
     def batch(self, call: Call) -> RolloutBatch:
         n = len(call.prompts)
-        ids = [[]] * n if call.completion_ids is None else call.completion_ids
+        ids = call.completion_ids
+        if ids is None or any(map(holds_others_turns, call.completions)):
+            ids = [[]] * n  # which tokens of several turns the model wrote is unknown: guards that read tokens pass
         return RolloutBatch(call.prompts, call.completions, [[]] * n, ids, call.columns, num_generations=n or 1)
 
     def read(self, batch: RolloutBatch, requests: Sequence[Request]) -> dict[Request, Readings]:
@@ -76,17 +79,22 @@ class TrainerSource:
         trainer, prompt_ids = self.trainer, [[]] * len(call.prompts)
         if call.completion_ids is None:
             raise RewardError("The trainer passes no completion_ids: TRL 1.0 or newer is needed.")
+        if getattr(trainer, "rollout_func", None) is not None:
+            raise RewardError(
+                "A rollout_func has prompt ids of its own, and may add text that the model did not write, and TRL "
+                "shows a reward function neither: use MechRewardGRPOTrainer."
+            )
         if self.needs_model:
             if getattr(trainer, "tools", None) or "images" in call.columns or "image" in call.columns:
                 raise RewardError(
                     "With tools or images a reward function cannot see the exact tokens: use MechRewardGRPOTrainer."
                 )
-            if getattr(trainer, "rollout_func", None) is not None:
-                raise RewardError(
-                    "A rollout_func has prompt ids of its own, which a reward function cannot see: use "
-                    "MechRewardGRPOTrainer."
-                )
             prompt_ids = trainer._tokenize_prompts(list(call.prompts))[0]
+        elif any(map(holds_others_turns, call.completions)):
+            # TRL does not say which tokens its tools wrote. Guards look at the model's own text, encoded anew.
+            texts = [own_text(completion) for completion in call.completions]
+            tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
+            call = replace(call, completion_ids=tokenizer(texts, add_special_tokens=False).input_ids)
         return describe(trainer, call, prompt_ids)
 
     def read(self, batch: RolloutBatch, requests: Sequence[Request]) -> dict[Request, Readings]:
@@ -109,7 +117,7 @@ def describe(
 ) -> RolloutBatch:
     """A rollout batch with the trainer's groups, progress and processes."""
     state, training = trainer.state, trainer.model.training
-    return RolloutBatch(
+    batch = RolloutBatch(
         prompts=call.prompts,
         completions=call.completions,
         prompt_ids=prompt_ids,
@@ -123,6 +131,9 @@ def describe(
         gather=lambda rows: trainer.accelerator.gather(rows.to(trainer.accelerator.device)).to(rows.device),
         process_index=trainer.accelerator.process_index,
     )
+    # TRL decodes all that a rollout_func returns, its environment's tokens too; of tools it keeps the messages apart.
+    masked = tool_mask is not None and getattr(trainer, "rollout_func", None) is not None
+    return batch.decoded(trainer.processing_class) if masked else batch
 
 
 def read_with_trainer(

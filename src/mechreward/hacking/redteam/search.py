@@ -178,15 +178,15 @@ def search_suffix(
 
 
 def with_suffix(batch: RolloutBatch, suffix: Sequence[int], tokenizer: Any = None) -> RolloutBatch:
-    """The rollouts with a suffix before their end token.
+    """The model's own part of each rollout, as one turn, with a suffix before its end token.
 
     With a tokenizer their texts are those of the new tokens; without one they are empty, for rewards that read none.
     """
     ids = []
-    for row, length in zip(batch.completion_ids, batch.lengths, strict=True):
-        own = list(row[:length])
-        end = own[-1:] if own and own[-1] in batch.eos_token_ids else []
-        ids.append([*own[: len(own) - len(end)], *suffix, *end])
+    for written in batch.written:
+        ends = [token for token in written if token in batch.eos_token_ids]
+        own = [token for token in written if token not in batch.eos_token_ids]
+        ids.append([*own, *suffix, *ends[-1:]])
     texts = [""] * len(ids) if tokenizer is None else tokenizer.batch_decode(ids, skip_special_tokens=True)
     return replace(batch, completion_ids=ids, completions=texts, tool_mask=None, trust=None, dropped=None, flags=None)
 
@@ -195,5 +195,5 @@ def _mean_objective(objective: Objective, rollouts: RolloutBatch, suffixes: Sequ
     """The objective's mean over the rollouts for each suffix, read together."""
     copies = rollouts.take([row for _ in suffixes for row in range(len(rollouts))])
     ids = [row for suffix in suffixes for row in with_suffix(rollouts, suffix).completion_ids]
-    values = objective(replace(copies, completion_ids=ids, completions=[""] * len(ids)))
+    values = objective(replace(copies, completion_ids=ids, completions=[""] * len(ids), tool_mask=None))
     return np.nanmean(values.reshape(len(suffixes), len(rollouts)), axis=1)

@@ -239,8 +239,7 @@ def suspicion(
         yes, agrees = guard.said(batch, readings)
         return {"dual verifier": ((yes - agrees).double().numpy(), guard.threshold)}
     if isinstance(guard, RepetitionDetector):
-        ids = [list(ids[:length]) for ids, length in zip(batch.completion_ids, batch.lengths, strict=True)]
-        return {"repetition": (np.array([guard.repetition(each) for each in ids]), guard.threshold)}
+        return {"repetition": (np.array([guard.repetition(ids) for ids in batch.written]), guard.threshold)}
     flags = guard(batch, readings).flags
     return {type(guard).__name__: (np.array([float(bool(said)) for said in flags]), 0.5)}
 

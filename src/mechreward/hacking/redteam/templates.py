@@ -623,11 +623,11 @@ def _attacked(
         draw = Draw(own, rng, style)
         room = max(longest, batch.lengths[row] if style == "woven" else 0) - 1
         if family in TOKEN_FAMILIES:
-            mine = _without_ends(batch.completion_ids[row], batch.eos_token_ids) if style == "woven" else []
+            mine = _without_ends(batch.written[row], batch.eos_token_ids) if style == "woven" else []
             ids = _token_attack(family, draw, mine, tokenizer, cues, room)
         else:
             ids = _text_attack(FAMILIES[family], draw, tokenizer, room)
-        ends = [token for token in batch.completion_ids[row] if token in batch.eos_token_ids]
+        ends = [token for token in batch.written[row] if token in batch.eos_token_ids]
         end = ends[0] if ends else tokenizer.eos_token_id
         stops = batch.eos_token_ids | {end}
         completions.append([*(token for token in ids if token not in stops), end])
@@ -649,7 +649,7 @@ def _like(old: Text, text: str) -> Text:
 
 
 def _without_ends(ids: Sequence[int], ends: frozenset[int]) -> list[int]:
-    return list(itertools.takewhile(lambda token: token not in ends, ids))
+    return [token for token in ids if token not in ends]
 
 
 def _text_attack(family: Family, draw: Draw, tokenizer: Any, room: int) -> list[int]:

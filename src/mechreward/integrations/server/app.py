@@ -206,8 +206,9 @@ def create_app(served: Served, settings: Settings) -> FastAPI:
     async def score_tokens(asked: ScoreRequest, request: Request) -> ScoreReply:
         """Score rollouts by their exact token ids."""
         labels = asked.labels or [None] * len(asked.prompt_ids)
-        rows = zip(asked.prompt_ids, asked.response_ids, labels, strict=True)
-        scores = await ask(request, [Rollout(p, r, label, asked.num_generations) for p, r, label in rows])
+        masks = asked.response_mask or [None] * len(asked.prompt_ids)
+        rows = zip(asked.prompt_ids, asked.response_ids, labels, masks, strict=True)
+        scores = await ask(request, [Rollout(p, r, label, asked.num_generations, mask) for p, r, label, mask in rows])
         return ScoreReply(
             rewards=[score.reward for score in scores],
             version=scores[0].version,

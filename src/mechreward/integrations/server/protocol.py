@@ -31,7 +31,10 @@ class ScoreRequest(_Checked):
 
     Attributes:
         prompt_ids: B prompts, as the model reads them: special tokens included, no padding.
-        response_ids: B completions, as they were sampled.
+        response_ids: B completions, as they were sampled; of several turns, with what tools and users wrote between.
+        response_mask: For several turns, B lists with a flag per token of ``response_ids``: 1 where the model wrote the
+            token. The other tokens are context: they are neither read nor judged, and get no reward. Without it, a
+            completion is one turn that ends with its first end token.
         labels: B right answers, where the server verifies outcomes; null where there is none.
         num_generations: Rollouts per prompt, groups contiguous; only guards that compare within groups look at it.
         include: What the reply should hold besides the rewards.
@@ -39,6 +42,7 @@ class ScoreRequest(_Checked):
 
     prompt_ids: Annotated[list[Ids], Field(min_length=1)]
     response_ids: Annotated[list[Ids], Field(min_length=1)]
+    response_mask: list[list[bool | Annotated[int, Field(ge=0, le=1)]]] | None = None
     labels: list[Text | None] | None = None
     num_generations: Annotated[int, Field(ge=1)] = 1
     include: list[Detail] = []
@@ -48,10 +52,15 @@ class ScoreRequest(_Checked):
         counts = {"prompt_ids": len(self.prompt_ids), "response_ids": len(self.response_ids)}
         if self.labels is not None:
             counts["labels"] = len(self.labels)
+        if self.response_mask is not None:
+            counts["response_mask"] = len(self.response_mask)
         if len(set(counts.values())) > 1:
             raise ValueError("has " + ", ".join(f"{n} {name}" for name, n in counts.items()) + ": give one of each")
         if len(self.prompt_ids) % self.num_generations:
             raise ValueError(f"has {len(self.prompt_ids)} rollouts, which are no groups of {self.num_generations}")
+        for row, (mask, ids) in enumerate(zip(self.response_mask or [], self.response_ids, strict=False)):
+            if len(mask) != len(ids):
+                raise ValueError(f"has {len(mask)} flags in response_mask for the {len(ids)} tokens of rollout {row}")
         return self
 
 

@@ -65,12 +65,14 @@ class Rollout:
         response_ids: As they were sampled.
         label: The right answer, if there is one.
         group: Rollouts in its group, which lie beside it.
+        mask: Of several turns, 1 for each token that the model wrote; None for a single turn.
     """
 
     prompt_ids: Sequence[int]
     response_ids: Sequence[int]
     label: str | None = None
     group: int = 1
+    mask: Sequence[int] | None = None
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.response_ids)
@@ -119,8 +121,10 @@ class Scorer:
     def score(self, rollouts: Sequence[Rollout]) -> list[Score]:
         """Score rollouts; groups must be whole."""
         scores: dict[int, Score] = {}
-        for size in {rollout.group for rollout in rollouts}:  # guards compare within groups, and those are of one size
-            rows = [row for row, rollout in enumerate(rollouts) if rollout.group == size]
+        alike: dict[tuple[int, bool], list[int]] = {}
+        for row, rollout in enumerate(rollouts):  # guards compare within groups, and those are of one size
+            alike.setdefault((rollout.group, rollout.mask is None), []).append(row)
+        for rows in alike.values():
             scores |= zip(rows, self._score([rollouts[row] for row in rows]), strict=True)
         self._remember()
         return [scores[row] for row in range(len(rollouts))]
@@ -141,6 +145,11 @@ class Scorer:
         guarded = self.reward.guard(batch, readings)
         values = self.reward.score(guarded, readings).values
         per_token = self.reward.per_token(guarded, readings)
+        # Requests are batched as they come: a group in which nothing was read has no rollouts to compare with.
+        read = torch.stack([reading.mask.any(dim=1).cpu() for reading in readings.values()]).any(dim=0)
+        unread = ~batch.local(batch.grouped(read).any(dim=1, keepdim=True).expand(-1, batch.num_generations))
+        values = values.masked_fill(unread, torch.nan)
+        per_token = per_token.masked_fill(unread[:, None], torch.nan)
         if guarded.dropped is not None:
             values = values.masked_fill(guarded.dropped, torch.nan)
             per_token = per_token.masked_fill(guarded.dropped[:, None], torch.nan)
@@ -161,13 +170,14 @@ class Scorer:
         prompts, responses = [r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts]
         return RolloutBatch(
             prompts=self.model.tokenizer.batch_decode(prompts, skip_special_tokens=True),
-            completions=self.model.tokenizer.batch_decode(responses, skip_special_tokens=True),
+            completions=[""] * len(rollouts),
             prompt_ids=prompts,
             completion_ids=responses,
             columns={"label": [r.label for r in rollouts]},
+            tool_mask=None if rollouts[0].mask is None else [r.mask or [] for r in rollouts],
             num_generations=rollouts[0].group,
             eos_token_ids=self.model.ends,
-        )
+        ).decoded(self.model.tokenizer)
 
     def _columns(self, readings: Any) -> dict[str, Tensor]:
         """Each reward's columns, averaged over each rollout's tokens, ``[B]`` each."""

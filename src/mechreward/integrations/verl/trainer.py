@@ -130,7 +130,7 @@ class MechRewardTrainer(PPOTrainerSync):
         )
         return RolloutBatch(
             prompts=self.tokenizer.batch_decode(prompts, skip_special_tokens=True),
-            completions=self.tokenizer.batch_decode(responses, skip_special_tokens=True),
+            completions=[""] * len(responses),
             prompt_ids=prompts,
             completion_ids=responses,
             columns={"label": [(row or {}).get("ground_truth") for row in _objects(data["reward_model"])]},
@@ -138,7 +138,7 @@ class MechRewardTrainer(PPOTrainerSync):
             eos_token_ids=self._ends,
             tool_mask=None if all(map(all, written)) else written,
             progress=self.global_steps / self.total_training_steps,
-        )
+        ).decoded(self.tokenizer)
 
     def _compute_metrics(self, batch: Any, metrics: dict, *timing: Any, **steps: Any) -> None:
         super()._compute_metrics(batch, metrics, *timing, **steps)

@@ -57,8 +57,8 @@ class RewardManager(RewardManagerBase):
         """
         if len(data) > 1 or data.non_tensor_batch["__num_turns__"][0] > 2:
             raise RewardError(
-                "This rollout has several turns, and the server would read what tools wrote as the policy's: use a "
-                "single-turn agent loop, or rewards read in process (+mechreward.packs)."
+                "This rollout has several turns, and verl does not tell a reward manager which tokens tools wrote: use "
+                "a single-turn agent loop, or rewards read in process (+mechreward.packs)."
             )
         row = data.batch[0]
         real = row["attention_mask"].bool()
