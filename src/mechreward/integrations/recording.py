@@ -46,6 +46,9 @@ COLUMNS = 32
 TOKENS = 1024
 """Tokens of a rollout that are recorded; what follows is counted."""
 
+ROLLOUTS = 16
+"""Rollouts of one step that are recorded at most: recording must not slow training down."""
+
 PACKAGES = ("mechreward", "torch", "transformers", "trl", "accelerate", "datasets", "peft", "math-verify")
 
 
@@ -200,35 +203,59 @@ def traced(
         not read, and for each feature reward its r_t (``score``, one a token) and its columns' values where they are
         not 0, ``{label: [tokens, values]}``, all to four significant digits.
     """
-    decode = functools.lru_cache(None)(
-        lambda ids: tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    )
+    decode = _decoder(tokenizer)
     verdicts = [math.nan] * len(batch) if outcome is None else outcome.score(batch, {}).values.tolist()
     gold = _gold(batch, outcome)
-    scores = {name: reward.raw(readings[reward.request]).cpu() for name, reward in rewards.items()}
-    records = []
-    for i in rows:
-        length = min(len(batch.completion_ids[i]), TOKENS)
-        read = {}
-        mask = np.zeros(length, dtype=bool)
-        for name, reward in rewards.items():
-            mask |= (of := readings[reward.request]).mask[i, :length].cpu().numpy()
-            read[name] = {
-                "score": _rounded(scores[name][i, :length].where(of.mask[i, :length].cpu(), torch.nan)),
-                "features": _sparse(of.values[i, :length].cpu(), reward),
-            }
-        records.append(
-            {
-                "prompt": plain_text(batch.prompts[i]),
-                "gold": None if gold[i] is None else str(gold[i]),
-                "right": None if math.isnan(verdicts[i]) else verdicts[i] > 0.5,
-                "tokens": token_texts(decode, batch.completion_ids[i][:length]),
-                "more": len(batch.completion_ids[i]) - length,
-                "unread": np.flatnonzero(~mask).tolist(),
-                "readings": read,
-            }
-        )
-    return records
+    lengths = [min(len(batch.completion_ids[i]), TOKENS) for i in rows]
+    masks = [_chosen_rows(readings[reward.request].mask, rows) for reward in rewards.values()]
+    seen = np.any([mask.numpy() for mask in masks] or [np.zeros((len(rows), max(lengths, default=0)))], axis=0)
+    found = {name: _traced(reward, readings[reward.request], rows, lengths) for name, reward in rewards.items()}
+    return [
+        {
+            "prompt": plain_text(batch.prompts[i]),
+            "gold": None if gold[i] is None else str(gold[i]),
+            "right": None if math.isnan(verdicts[i]) else verdicts[i] > 0.5,
+            "tokens": token_texts(decode, batch.completion_ids[i][: lengths[k]]),
+            "more": len(batch.completion_ids[i]) - lengths[k],
+            "unread": np.flatnonzero(~seen[k, : lengths[k]].astype(bool)).tolist(),
+            "readings": {name: each[k] for name, each in found.items()},
+        }
+        for k, i in enumerate(rows)
+    ]
+
+
+def _traced(reward: FeatureReward, read: Readings, rows: Sequence[int], lengths: Sequence[int]) -> list[dict[str, Any]]:
+    """What a feature reward has read on some rollouts: ``score`` and ``features``, as :func:`traced` records them."""
+    # Only what is written leaves the device, and in one piece.
+    values, mask = _chosen_rows(read.values, rows), _chosen_rows(read.mask, rows)
+    scores = reward.raw(Readings(values, mask)).where(mask, torch.nan).tolist()
+    kept = columns(reward)
+    texts = [reward.readout.labels[k] for k in kept]
+    features: list[dict[str, list[list[float]]]] = [{} for _ in rows]
+    chosen = values[..., kept].transpose(1, 2)  # [rows, columns, T]
+    where = chosen.nonzero()
+    for (row, k, t), value in zip(where.tolist(), chosen[tuple(where.T)].tolist(), strict=True):
+        if t < lengths[row]:
+            places, numbers = features[row].setdefault(texts[k], [[], []])
+            places.append(t)
+            numbers.append(_rounded(value))
+    return [
+        {"score": list(map(_rounded, of[:length])), "features": own}
+        for of, own, length in zip(scores, features, lengths, strict=True)
+    ]
+
+
+def _chosen_rows(values: Tensor, rows: Sequence[int]) -> Tensor:
+    """Some rows, on the CPU."""
+    return values[torch.tensor(rows, device=values.device)].cpu() if len(rows) else values[:0].cpu()
+
+
+@functools.lru_cache(4)
+def _decoder(tokenizer: Any) -> Callable[[tuple[int, ...]], str]:
+    """Decode tokens; those that were decoded before are remembered, since a training meets them again and again."""
+    return functools.lru_cache(100_000)(
+        lambda ids: tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    )
 
 
 def _gold(batch: RolloutBatch, outcome: OutcomeReward | None) -> Sequence[Any]:
@@ -237,18 +264,8 @@ def _gold(batch: RolloutBatch, outcome: OutcomeReward | None) -> Sequence[Any]:
     return [None] * len(batch) if there is None else batch.columns[there]
 
 
-def _sparse(values: Tensor, reward: FeatureReward) -> dict[str, list[list[float]]]:
-    """Where each recorded column is not 0, and what it is there."""
-    found = {}
-    for k in columns(reward):
-        where = values[:, k].nonzero().flatten()
-        if len(where):
-            found[reward.readout.labels[k]] = [where.tolist(), _rounded(values[where, k])]
-    return found
-
-
-def _rounded(values: Tensor) -> list[float | None]:
-    return [float(f"{value:.4g}") if math.isfinite(value) else None for value in values.tolist()]
+def _rounded(value: float) -> float | None:
+    return float(f"{value:.4g}") if math.isfinite(value) else None
 
 
 # -- in a trainer ------------------------------------------------------------------------------------------------------
@@ -376,7 +393,7 @@ class Recording(TrainerCallback):
         """This step's rollouts to record: spread over the batch, and over the training."""
         if step % max(1, math.ceil(steps / max(self.most, 1))) or self.left <= 0:
             return []
-        wanted = min(count, self.left, max(1, self.most // max(steps, 1)))
+        wanted = min(count, self.left, ROLLOUTS, max(1, self.most // max(steps, 1)))
         return sorted(set(np.linspace(0, count - 1, wanted).round().astype(int).tolist()))
 
 

@@ -51,6 +51,12 @@ def _content(message: Message) -> str:
     return "".join(block.get("text") or "" for block in content)
 
 
+def _end(ids: Sequence[int], ends: frozenset[int]) -> int:
+    """How many tokens there are up to and including the first end token."""
+    ids = list(ids)
+    return min([ids.index(end) + 1 for end in ends if end in ids], default=len(ids))
+
+
 @dataclass(frozen=True)
 class Call:
     """What a trainer calls a reward with: B prompts and completions, their token ids if it passes them, and columns."""
@@ -135,19 +141,22 @@ class RolloutBatch:
 
         Of a single turn, those up to and including the first EOS; each of several turns ends with an EOS of its own.
         """
-        own = torch.zeros(len(self), max(map(len, self.completion_ids), default=0), dtype=torch.bool)
-        for row, ids in enumerate(self.completion_ids):
-            if self.tool_mask is not None:
-                own[row, : len(ids)] = torch.tensor(self.tool_mask[row], dtype=torch.bool)
-            else:
-                own[row, : next((t + 1 for t, token in enumerate(ids) if token in self.eos_token_ids), len(ids))] = True
+        width = max(map(len, self.completion_ids), default=0)
+        if self.tool_mask is None:
+            ends = [_end(ids, self.eos_token_ids) for ids in self.completion_ids]
+            return torch.arange(width) < torch.tensor(ends, dtype=torch.long)[:, None]
+        own = torch.zeros(len(self), width, dtype=torch.bool)
+        for row, flags in enumerate(self.tool_mask):
+            own[row, : len(flags)] = torch.tensor(flags, dtype=torch.bool)
         return own
 
     @cached_property
     def written(self) -> list[list[int]]:
         """The token ids that the model itself wrote, B lists."""
-        rows = zip(self.completion_ids, self.own.tolist(), strict=True)
-        return [[token for token, own in zip(ids, flags, strict=False) if own] for ids, flags in rows]
+        if self.tool_mask is None:
+            return [list(ids[:length]) for ids, length in zip(self.completion_ids, self.lengths, strict=True)]
+        rows = zip(self.completion_ids, self.tool_mask, strict=True)
+        return [[token for token, own in zip(ids, flags, strict=True) if own] for ids, flags in rows]
 
     @cached_property
     def lengths(self) -> list[int]:
