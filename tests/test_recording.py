@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import sae_lens
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 import mechreward as mr
@@ -151,6 +152,33 @@ def test_it_is_bounded_and_spread(tmp_path, record, steps):
     assert [r["step"] for r in trace] == steps
     assert len(read_jsonl(tmp_path / "metrics.jsonl")) == 3
     assert (tmp_path / "trace.jsonl").exists() is bool(record)
+
+
+def test_a_short_training_does_not_record_all_of_its_rollouts(tmp_path):
+    train(tmp_path, max_steps=1, max_completion_length=8, per_device_train_batch_size=32)
+    assert len(read_jsonl(tmp_path / "trace.jsonl")) == recording.ROLLOUTS < 32
+
+
+class Operations(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_rollouts_leave_the_device_in_one_piece(trained):
+    """As many tensor operations, and so waits for a device, for one rollout as for eight."""
+    _, trainer, _, _ = trained
+    step, counts = trainer._step_state, []
+    for rows in ([0], list(range(8))):
+        with Operations() as seen:
+            records = recording.traced(step.batch, rows, trainer.processing_class, trainer.recording.rewards, step.read)
+        assert len(records) == len(rows)
+        counts.append(seen.count)
+    assert counts[0] == counts[1]
 
 
 def test_what_goes_wrong_ends_the_recording_and_not_the_training(tmp_path, monkeypatch, caplog):

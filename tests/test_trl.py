@@ -547,6 +547,24 @@ class TestBadInput:
         assert table[1::2].isnan().all() and not table[0::2].isnan().any()
         assert (advantages[1::2] == 0).all()
 
+    def test_ending_at_once_is_no_way_out_of_a_penalty_among_several_functions(self, tmp_path):
+        def rollout(prompts, trainer):
+            ids = trainer._tokenize_prompts(prompts)[0]
+            done = [[2] if i % 4 == 3 else [*p[: 3 + i % 4], 2] for i, p in enumerate(ids)]
+            return {"prompt_ids": ids, "completion_ids": done, "logprobs": None}
+
+        penalty = mr.FeatureReward(mr.direction("d", VECTOR, POINT, bias=-1000.0))
+        outcome = mr.OutcomeReward(mr.verifiers.math_boxed)
+        args = MechRewardGRPOConfig(**options(tmp_path, max_steps=1))
+        trainer = Recorder(
+            mr.pocket.path(), [penalty, outcome], args, mr.pocket.dataset("train", 32), rollout_func=rollout
+        )
+        trainer.train()
+        features, right = trainer.reward_tables[0].view(-1, 4, 2).unbind(-1)
+        assert (features < -500).all() and not right.isnan().any()
+        assert torch.equal(features[:, 3], features[:, :3].min(dim=1).values)  # TRL's sum would take it for 0
+        assert (features[:, :3].std(dim=1) > 0).all()
+
 
 def test_readouts_at_several_layers_and_models(tmp_path):
     """Each pass reads its own layers, though the hooks of all are on the model."""
