@@ -38,7 +38,7 @@ def rendered(tokenizer: Any, question: str) -> str:
 def read_questions(file: Path, first: int, count: int) -> list[dict[str, str]]:
     if not file.is_file():
         raise ConfigError(f"There is no file {file}: pass a JSONL file with a column 'question' or 'prompt'.")
-    rows = [json.loads(line) for line in file.read_text().splitlines() if line.strip()]
+    rows = [json.loads(line) for line in file.read_text("utf-8-sig").splitlines() if line.strip()]
     found = [
         {"question": row.get("question") or row.get("prompt"), "answer": row.get("answer", "")}
         for row in rows[first : first + count]

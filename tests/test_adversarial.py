@@ -1,5 +1,6 @@
 """The adversarial suite: scores by hand, thresholds, and what it flags of clean and of attacked rollouts."""
 
+import copy
 import gzip
 import itertools
 import json
@@ -701,6 +702,24 @@ def attacked(learned):
     families, cues = list(itertools.chain(*RECALL.values())), cue_tokens(target, clean("gate"))
     found = attacks(clean("gate", 0, 5), target.tokenizer, cues, seed=11, families=families)
     return {name: flagged(rollouts) for name, rollouts in found.items()}
+
+
+@pytest.mark.parametrize("stops", [frozenset(), frozenset({7}), None], ids=["none", "the model's", "the tokenizer's"])
+def test_attacks_end_as_the_model_can(stops):
+    """A tokenizer need not know an end token; then attacks end with one of the model's, or not at all."""
+    batch, tokenizer = clean("gate", 0, 4), copy.deepcopy(planting.pocket()[1])
+    own = tokenizer.eos_token_id
+    bare = [[token for token in ids if token != own] for ids in batch.completion_ids]
+    ends = {own} if stops is None else set(stops)
+    if stops is not None:
+        tokenizer.eos_token = None
+    batch = replace(batch, completion_ids=bare, eos_token_ids=frozenset(ends))
+    made = attacks(batch, tokenizer, None, seed=1, families=["filler_dilution", "lookalikes"])
+    assert made
+    for attacked in made.values():
+        for ids in attacked.completion_ids:
+            assert all(type(token) is int for token in ids)
+            assert {token for token in ids if token in ends} == ends and (not ends or ids[-1] in ends)
 
 
 @pytest.mark.parametrize(("detectors", "families"), RECALL.items(), ids=" ".join)

@@ -3,6 +3,7 @@
 import copy
 import os
 import socket
+import types
 from contextlib import nullcontext
 from unittest.mock import patch
 
@@ -756,26 +757,52 @@ def named(name):
     return Readout("r", ("a",), POST, torch.ones(WIDTH, 1), torch.zeros(1), model_name=name)
 
 
-@pytest.mark.parametrize(
-    "layout, right, wrong",
-    [
-        ("gemma2", ["gemma-2-2b", "google/gemma-2-9b-it", "mechreward/pocket"], ["gemma-3-1b-pt", "gemma-2b", "gpt2"]),
-        ("gemma3", ["gemma-3-1b-it"], ["gemma-2-2b", "gemma-2b-it"]),
-        ("gemma3_multimodal", ["google/gemma-3-4b-it"], ["gemma-2-2b"]),
-        ("llama", ["meta-llama/Llama-3.1-8B"], ["Qwen/Qwen2.5-7B-Instruct", "gemma-2-9b"]),
-        ("qwen2", ["Qwen/Qwen2.5-7B-Instruct"], ["Qwen/Qwen3-8B"]),
-        ("qwen3", ["Qwen/Qwen3-8B"], ["Qwen/Qwen2.5-7B-Instruct"]),
-        ("gpt_neox", ["pythia-70m-deduped"], ["gpt2-small"]),
-        ("gpt2", ["gpt2-small"], ["pythia-70m-deduped"]),
-    ],
-)
-def test_a_readout_made_for_another_architecture_is_refused(models, layout, right, wrong):
-    for name in [*right, "something-unheard-of", None]:
-        check_fits([named(name)], models(layout))
-    for name in wrong:
+RIGHT_NAMES = {
+    "gemma2": ["gemma-2-2b", "google/gemma-2-9b-it", "mechreward/pocket", "somebody/gemma-2-2b-grpo"],
+    "gemma3": ["gemma-3-1b-it", "gemma-3-270m"],
+    "gemma3_multimodal": ["google/gemma-3-4b-it"],
+    "llama": ["meta-llama/Llama-3.1-8B", "deepseek-ai/DeepSeek-R1-Distill-Llama-8B", "TinyLlama-1.1B"],
+    "qwen2": ["Qwen/Qwen2.5-7B-Instruct", "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B"],
+    "qwen3": ["Qwen/Qwen3-8B"],
+    "gpt_neox": ["pythia-70m-deduped"],
+    "gpt2": ["gpt2-small"],
+}
+OTHER_NAMES = [
+    "gemma-2b", "mistral-7b", "openai/gpt-oss-20b", "microsoft/phi-2", "facebook/opt-125m", "Qwen/Qwen3-30B-A3B-Base",
+    "Qwen/Qwen3.5-2B-Base", "mistralai/Ministral-8B-Instruct-2410", "mistralai/Mixtral-8x7B-v0.1", "allenai/OLMo-7B-hf",
+    "bigscience/bloom-560m", "gpt-neo-125M", "stabilityai/stablelm-3b-4e1t", "meta-llama/Llama-4-Scout-17B-16E",
+]  # fmt: skip
+NOBODYS = ["something-unheard-of", "dolphin-7b", "option-1", "", None]
+GEMMA3 = ("gemma3", "gemma3_multimodal")  # one family
+
+
+@pytest.mark.parametrize("layout", RIGHT_NAMES)
+def test_a_readout_made_for_another_architecture_is_refused(models, layout):
+    model = models(layout)
+    for name in [*RIGHT_NAMES[layout], *NOBODYS]:
+        check_fits([named(name)], model)
+    others = [names for other, names in RIGHT_NAMES.items() if other != layout and not {other, layout} <= {*GEMMA3}]
+    for name in [*OTHER_NAMES, *(name for names in others for name in names)]:
         with pytest.raises(ModelMismatchError, match="made for") as caught:
-            check_fits([named(name)], models(layout))
+            check_fits([named(name)], model)
         assert name in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_of_a_name_that_nobody_knows_is_said_once_that_nothing_was_compared(models, caplog):
+    with caplog.at_level("WARNING", logger="mechreward"):
+        for _ in range(3):
+            for name in ("unheard-of-7b", "unheard-of-9b", "gemma-2-2b", "unknown", None):
+                check_fits([named(name)], models("gemma2"))
+    assert [record.getMessage().split("'")[1] for record in caplog.records] == ["unheard-of-7b", "unheard-of-9b"]
+
+
+def test_the_model_of_the_same_name_is_the_right_one(models, caplog):
+    """What a probe was trained on by its user may be called anything."""
+    for name in ("runs/mine", "llama-into-gemma/gpt2"):
+        model = copy.deepcopy(models("gemma2"))
+        model.config._name_or_path = name
+        check_fits([named(name)], model)
+    assert not caplog.records
 
 
 def test_gemma_1_saes_fit_gemma_1():
@@ -788,6 +815,87 @@ def test_gemma_1_saes_fit_gemma_1():
         check_fits([named(name)], model)
     with pytest.raises(ModelMismatchError):
         check_fits([named("gemma-2-2b")], model)
+
+
+VIRTUAL = {
+    "PROMPT_TUNING": ("PromptTuningConfig", {"num_virtual_tokens": 4}),
+    "P_TUNING": ("PromptEncoderConfig", {"num_virtual_tokens": 4, "encoder_hidden_size": 8}),
+    "MULTITASK_PROMPT_TUNING": ("MultitaskPromptTuningConfig", {"num_virtual_tokens": 4, "num_tasks": 1}),
+    "CPT": (
+        "CPTConfig", {"cpt_token_ids": [3, 4, 5, 6], "cpt_mask": [1] * 4, "cpt_tokens_type_mask": [1, 2, 3, 4]},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", VIRTUAL)
+def test_virtual_tokens_are_named_and_refused(models, kind):
+    import peft
+
+    config, settings = VIRTUAL[kind]
+    adapted = peft.get_peft_model(
+        copy.deepcopy(models("llama")), getattr(peft, config)(task_type="CAUSAL_LM", **settings)
+    )
+    readout = direction("d", torch.ones(WIDTH), POST)
+    for model in (
+        adapted,
+        torch.nn.parallel.DistributedDataParallel.__new__(torch.nn.parallel.DistributedDataParallel),
+    ):
+        if model is not adapted:  # as DDP wraps it, without processes
+            torch.nn.Module.__init__(model)
+            model.module = adapted
+        with pytest.raises(CaptureError, match="prompt tuning") as caught:
+            check_fits([readout], model)
+        assert kind in str(caught.value) and "4 virtual tokens" in str(caught.value) and "\n" not in str(caught.value)
+    with adapted.disable_adapter():
+        check_fits([readout], adapted)
+
+
+def test_prefix_tuning_is_read_as_it_runs(models):
+    """It adds keys and values, not positions: against hidden states that Hugging Face gives for the adapted model."""
+    import peft
+
+    adapted = peft.get_peft_model(
+        copy.deepcopy(models("llama")), peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    ).eval()
+    torch.manual_seed(1)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_(0, 3)
+    readout = direction("d", torch.randn(WIDTH), POST)
+    check_fits([readout], adapted)
+    prompts, completions = [[5, 6, 7], [8, 9]], [[10, 11, 12, 13, EOS], [14, 15, EOS]]
+    got = read_forward(adapted, batch_of(prompts, completions), ReadoutBank([readout]))[readout]
+    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        ids = torch.tensor([prompt + completion])
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "output_hidden_states": True}
+        with torch.no_grad():
+            hidden = adapted(**inputs).hidden_states[POST.layer + 1][0]
+            with adapted.disable_adapter():
+                plain = adapted(**inputs).hidden_states[POST.layer + 1][0]
+        want = (hidden @ readout.weight)[len(prompt) : -1, 0]
+        torch.testing.assert_close(got.values[row, : len(want), 0], want, atol=1e-4, rtol=1e-4)
+        assert (hidden - plain).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(
+    "own, stops, ends",
+    [(7, [8, 9], [7]), (None, [9, 8], [9]), (None, 5, [5]), (None, None, []), (0, None, [0])],
+)
+def test_completions_without_ids_end_as_the_model_can(models, own, stops, ends):
+    """With the tokenizer's end token, else the first of the model's, else as one that was cut off."""
+    model = copy.deepcopy(models("llama"))
+    model.generation_config.eos_token_id = stops
+
+    class Tokenizer:
+        eos_token_id = own
+
+        def __call__(self, text, **options):
+            return types.SimpleNamespace(input_ids=[10, 11, 12])
+
+    batch = HFSource(model, Tokenizer()).batch(Call(["p"], ["c"]))
+    assert [list(ids) for ids in batch.completion_ids] == [[10, 11, 12, *ends]]
+    assert batch.eos_token_ids == {*ends, *([] if stops is None else [stops] if isinstance(stops, int) else stops)}
+    assert batch.mask().tolist() == [[True, True, bool(ends), False][: 3 + len(ends)]]
 
 
 def test_models_without_a_known_layout_are_refused():

@@ -256,8 +256,8 @@ def test_text_files(tmp_path):
 def test_json_lines(tmp_path):
     file = tmp_path / "rollouts.jsonl"
     rows = [
-        {"text": "one"},
-        {"prompt": "p", "completion": "c", "label": True},
+        {"text": "one", "prompt": None, "completion": None, "completion_ids": None},
+        {"prompt": "p", "completion": "c", "label": True, "text": None, "completion_ids": None},
         {"prompt": [{"role": "user", "content": "p"}], "completion": "c", "completion_ids": [3, 4]},
     ]
     file.write_text("\n\n".join(map(json.dumps, rows)))
@@ -274,6 +274,8 @@ def test_json_lines(tmp_path):
         ("a.jsonl", b'{"text": "one"}\n{"text": ', "a.jsonl, line 2 is not valid JSON"),
         ("a.jsonl", b'{"txt": "one"}', 'line 1 is .* needs a "text"'),
         ("a.jsonl", b'{"text": 3}', 'needs a "text"'),
+        ("a.jsonl", b'{"text": "one"}\n{"text": null}', 'line 2 is .* needs a "text"'),
+        ("a.jsonl", b'{"prompt": "p", "completion": null}', 'line 1 is .* needs a "text"'),
         ("a.jsonl", b"[1]", 'needs a "text"'),
         ("a.jsonl", b'{"prompt": "p", "completion": "c", "completion_ids": [-1]}', "token ids"),
         ("a.txt", b"caf\xe9", "not UTF-8"),

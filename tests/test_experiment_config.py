@@ -406,6 +406,15 @@ class TestData:
         )
         assert "no column 'gold'" in refuses({"path": gsm8k, "prompt": "{question}", "answer": "gold"})
 
+    def test_a_null_is_not_asked_as_a_word(self, tmp_path):
+        file = tmp_path / "own.jsonl"
+        file.write_text('{"a": "1+1=", "b": "x", "answer": "2"}\n{"a": "1+2=", "b": null, "answer": "3"}\n')
+        said = refuses({"path": str(file), "prompt": "{a} {b}"})
+        assert "has a row without 'b', which its prompt names" in said and "1+2=" in said
+        assert len(questions({"path": str(file), "prompt": "{a}"})) == 2
+        file.write_text('{"prompt": "1+1=", "answer": null}\n{"prompt": "1+2=", "answer": "3"}\n')
+        assert "without an answer" in refuses({"path": str(file)})
+
     def test_what_cannot_be_loaded(self, gsm8k, tmp_path):
         assert f"There is no file {tmp_path}/none.jsonl" in refuses({"path": f"{tmp_path}/none.jsonl"})
         for wrong in ({"split": "test"}, {"split": "train[oops]"}, {"split": "train[5:]"}):

@@ -137,6 +137,71 @@ def test_groups_are_prompts_unless_they_are_named(tmp_path):
     assert read(written(tmp_path, *rows)).groups.tolist() == [0, 0, 1]
 
 
+QUESTIONS = [f"Question: {i}\nAnswer:" for i in range(4)]
+EIGHT = [{"prompt": q, "completion": f" {k}.", "label": k == 1} for q in QUESTIONS for k in (0, 1)]
+ABSENT = [None, float("nan")]  # JSON has no NaN, but Python's writer makes one of pandas' empty cells
+
+
+@pytest.mark.parametrize("absent", ABSENT, ids=str)
+def test_a_row_without_a_group_is_of_its_prompts_question(tmp_path, absent):
+    by_prompt = [0, 0, 1, 1, 2, 2, 3, 3]
+    assert read(written(tmp_path, *EIGHT)).groups.tolist() == by_prompt
+    assert read(written(tmp_path, *(row | {"group": absent} for row in EIGHT))).groups.tolist() == by_prompt
+    half = [row | {"group": "x" if i >= 4 else absent} for i, row in enumerate(EIGHT)]
+    assert read(written(tmp_path, *half)).groups.tolist() == [0, 0, 1, 1, 2, 2, 2, 2]
+    # A group that is 0 or empty is one all the same.
+    named = [row | {"group": 0 if i < 4 else ""} for i, row in enumerate(EIGHT)]
+    assert read(written(tmp_path, *named)).groups.tolist() == [0] * 4 + [1] * 4
+
+
+OPTIONAL = ["prompt", "completion_ids", "temperature", "way", "paraphrase", "group", "positive", "negative", "whatever"]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.lists(st.sets(st.sampled_from(OPTIONAL)), min_size=2, max_size=5),
+    absent=st.sampled_from(ABSENT),
+)
+def test_null_says_what_a_missing_key_says(tmp_path_factory, rows, absent):
+    folder = tmp_path_factory.mktemp("null")
+    full = {"completion_ids": ids_of(" 1."), "temperature": 0.5, "way": "careful", "paraphrase": " one.", "group": 3}
+    kept, nulled = [], []
+    for i, keys in enumerate(rows):
+        row = EIGHT[i] | full
+        missing = keys | {"positive", "negative"}
+        kept.append({key: value for key, value in row.items() if key not in missing})
+        nulled.append({**row, **dict.fromkeys(missing, absent)})
+    one, two = read(written(folder, *kept)), read(written(folder, *nulled))
+    assert one.fingerprint() == two.fingerprint()
+    assert (one.temperature, one.ways, one.paraphrases) == (two.temperature, two.ways, two.paraphrases)
+
+
+def test_contrasts_and_rollouts_in_one_table(tmp_path):
+    """Whose rows have all columns, as `datasets` and pandas write them."""
+    nothing = dict.fromkeys(("prompt", "completion", "label", "positive", "negative", "group"))
+    contrast = {"prompt": "a", "positive": "Let me check.", "negative": "Surely."}
+    file = written(tmp_path, nothing | RIGHT, nothing | contrast)
+    assert holds_rollouts(file)
+    found = read(file)
+    assert found.labels.tolist() == [True, True, False] and found.groups.tolist() == [0, 1, 1]
+    assert not holds_rollouts(written(tmp_path, {"prompt": "a", "answer": "b", "completion": None, "positive": None}))
+
+
+def test_a_tokenizer_that_knows_no_end(tmp_path):
+    """Its model's end token counts; without one, each completion was cut off, and its last token is not read."""
+    model, tokenizer = load_model("mechreward/pocket")
+    end, file = tokenizer.eos_token_id, written(tmp_path, RIGHT, WRONG)
+    tokenizer.eos_token = None
+    with_models = read_rollouts(file, model, tokenizer).batch
+    assert [list(ids)[-1] for ids in with_models.completion_ids] == [end] * 2
+    model.generation_config.eos_token_id = None
+    without = read_rollouts(file, model, tokenizer).batch
+    for ids, bare in zip(with_models.completion_ids, without.completion_ids, strict=True):
+        assert list(bare) == list(ids)[:-1]
+    assert without.eos_token_ids == frozenset()
+    assert without.mask().sum(dim=1).tolist() == [len(ids) - 1 for ids in without.completion_ids]
+
+
 def test_labels_may_be_0_and_1(tmp_path):
     """As numbers they would index where they should choose."""
     found = read(written(tmp_path, *[row | {"label": int(row["label"])} for row in (WRONG, RIGHT, WRONG)]))
@@ -176,6 +241,9 @@ def test_rollouts_in_which_no_token_can_be_read_are_left_out(tmp_path):
         (RIGHT | {"completion": ["a"]}, "completion is"),
         (RIGHT | {"label": "yes"}, "label is 'yes'"),
         (RIGHT | {"label": None}, "label is None"),
+        (RIGHT | {"label": float("nan")}, "label is None"),
+        (RIGHT | {"completion": None}, "completion is None"),
+        (RIGHT | {"completion_ids": [None]}, "completion_ids is [None]"),
         (RIGHT | {"label": 2}, "label is 2"),
         (RIGHT | {"completion_ids": "12"}, "completion_ids is '12'"),
         (RIGHT | {"completion_ids": [1.5]}, "completion_ids is"),

@@ -204,6 +204,9 @@ OLD = {
 }
 
 
+VERSION_6 = {"sae_lens_version": "6.0.0-rc.1"}
+
+
 @pytest.mark.parametrize(
     "changes, kind",
     [
@@ -215,8 +218,18 @@ OLD = {
         ({"hook_name": None, "hook_point": "blocks.6.hook_resid_post"}, "standard"),
         ({"activation_fn_str": "topk", "activation_fn_kwargs": {"k": 8}}, "topk"),  # GPT-2 by OpenAI
         ({"activation_fn": "topk", "activation_fn_kwargs": {"k": 8}, "normalize_activations": "layer_norm"}, "topk"),
+        ({"architecture": "topk", "k": 3, "activation_fn_kwargs": {"k": 8}}, "topk"),
+        ({"activation_fn_str": "topk", "activation_fn_kwargs": {}}, "standard"),  # no k: by its architecture
+        ({"activation_fn_str": "topk", "activation_fn_kwargs": {"k": None}}, "standard"),
+        ({"activation_fn_str": "topk"}, "standard"),
         ({"architecture": "jumprelu"}, "jumprelu"),
+        ({"architecture": "jumprelu", "activation_fn_str": "topk", "activation_fn_kwargs": {}}, "jumprelu"),
+        ({"architecture": "gated", "activation_fn": "topk"}, "gated"),
         ({"architecture": "gated"}, "gated"),
+        # from version 6 on the architecture says all
+        ({"activation_fn": "topk", "activation_fn_kwargs": {"k": 8}, **VERSION_6}, "standard"),
+        ({"activation_fn": "topk", "activation_fn_kwargs": {"k": 8}, "metadata": VERSION_6}, "standard"),
+        ({"architecture": "topk", "k": 8, **VERSION_6}, "topk"),
     ],
 )
 def test_old_configurations_mean_what_saelens_says(tmp_path, changes, kind):
@@ -226,8 +239,8 @@ def test_old_configurations_mean_what_saelens_says(tmp_path, changes, kind):
     config = {k: v for k, v in (OLD | changes).items() if v is not None or k == "normalize_activations"}
     (tmp_path / "cfg.json").write_text(json.dumps(config))
     sae = sae_lens.SAE.load_from_disk(tmp_path)
-    assert sae.cfg.architecture() == kind
     handle, x = mr.load_sae(path=tmp_path), vectors()
+    assert sae.cfg.architecture() == kind and handle.kind == {"standard": "relu"}.get(kind, kind)
     assert (handle.hook_point, handle.model_name) == (HookPoint(6), "gpt2-small")
     assert_readings(encode(handle, range(LATENTS), x), sae, x, range(LATENTS))
 
@@ -238,12 +251,79 @@ def test_old_scaled_configuration_is_not_read_unscaled(tmp_path):
     one_sentence(lambda: mr.load_sae(path=tmp_path), "scaling factor")
 
 
+def named(folder, name, **entries):
+    """The folder's cfg.json with another model's name, and more entries."""
+    config = json.loads((folder / "cfg.json").read_text())
+    for part in (config, config.setdefault("metadata", {})):
+        part |= {"model_name": name, **entries}
+    (folder / "cfg.json").write_text(json.dumps(config))
+
+
+CENTERS = {"model_from_pretrained_kwargs": {"center_writing_weights": True}}
+
+
+@pytest.mark.parametrize(
+    "name, centers",
+    [
+        *[(name, True) for name in ("gpt2-small", "pythia-70m-deduped", "EleutherAI/gpt-j-6B", "opt-125m", "phi-2")],
+        *[(name, False) for name in ("gemma-2-2b", "meta-llama/Llama-3.1-8B", "mistral-7b", "gpt-oss-20b", "Qwen3-8B")],
+    ],
+)
+def test_centered_writing_weights_are_those_of_models_with_layernorm(tmp_path, name, centers):
+    """TransformerLens ignores `center_writing_weights` where a model has RMSNorm."""
+    sae, x = save_sae(random_sae("standard"), tmp_path), vectors()
+    named(tmp_path, name, **CENTERS)
+    seen = x - x.mean(-1, keepdim=True) if centers else x
+    assert_readings(encode(mr.load_sae(path=tmp_path), range(LATENTS), x), sae, seen, range(LATENTS))
+    for other in ("fold_ln", "center_unembed", "fold_value_biases"):  # these leave the stream as it is
+        named(tmp_path, name, model_from_pretrained_kwargs={other: True, "center_writing_weights": False})
+        assert_readings(encode(mr.load_sae(path=tmp_path), range(LATENTS), x), sae, x, range(LATENTS))
+
+
+@pytest.mark.parametrize("name", ["something-unheard-of", "bigscience/bloom-560m", "gpt2-into-llama", None])
+def test_centered_writing_weights_of_a_model_that_may_be_either_are_refused(tmp_path, name):
+    save_sae(random_sae("standard"), tmp_path)
+    named(tmp_path, name, **CENTERS)
+    one_sentence(lambda: mr.load_sae(path=tmp_path), tmp_path / "cfg.json", "center_writing_weights", str(name))
+    for kwargs in (None, {}, {"center_writing_weights": None}, {"center_writing_weights": False}):
+        named(tmp_path, name, model_from_pretrained_kwargs=kwargs)
+        mr.load_sae(path=tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["standard", "topk"])
+def test_null_says_what_a_missing_entry_says(tmp_path, kind):
+    save_sae(random_sae(kind), tmp_path)
+    whole = json.loads((tmp_path / "cfg.json").read_text())
+    x = vectors()
+    want, handle = encode(mr.load_sae(path=tmp_path), range(LATENTS), x), mr.load_sae(path=tmp_path)
+    nulls = dict.fromkeys(
+        ("normalize_activations", "model_from_pretrained_kwargs", "activation_fn", "activation_fn_str",
+         "activation_fn_kwargs", "hook_point", "sae_lens_version", "rescale_acts_by_decoder_norm", "threshold")
+    )  # fmt: skip
+    for top, inside in ((nulls, {}), ({}, nulls | dict.fromkeys(("hook_name", "architecture", "d_in", "k")))):
+        config = whole | whole["metadata"] | top | {"metadata": whole["metadata"] | inside}
+        (tmp_path / "cfg.json").write_text(json.dumps(config))
+        found = mr.load_sae(path=tmp_path)
+        assert (found.hook_point, found.kind, found.model_name) == (handle.hook_point, handle.kind, handle.model_name)
+        assert torch.equal(encode(found, range(LATENTS), x), want)
+
+
+@pytest.mark.parametrize("file", ["cfg.json", "activation_scaler.json"])
+def test_a_byte_order_mark_is_no_damage(tmp_path, file):
+    checkpoint(tmp_path, "standard", "expected_average_only_in")
+    x = vectors()
+    want = encode(mr.load_sae(path=tmp_path), range(LATENTS), x)
+    (tmp_path / file).write_bytes(b"\xef\xbb\xbf" + (tmp_path / file).read_bytes().replace(b"\n", b"\r\n"))
+    assert torch.equal(encode(mr.load_sae(path=tmp_path), range(LATENTS), x), want)
+
+
 @pytest.mark.parametrize("where", ["metadata", "flat", "registry"])
 def test_centered_writing_weights_read_the_centered_stream(tmp_path, where):
     """TransformerLens' `center_writing_weights` makes every residual vector's mean 0; the HF model's is not."""
     from mechreward.sae import formats
 
     sae = save_sae(random_sae("standard"), tmp_path)
+    named(tmp_path, "gpt2-small")
     config = json.loads((tmp_path / "cfg.json").read_text())
     entry = {"model_from_pretrained_kwargs": {"center_writing_weights": True}}
     overrides = None

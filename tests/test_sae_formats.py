@@ -1174,6 +1174,14 @@ def test_configurations_that_are_none(tmp_path, write, text):
     one_sentence(lambda: mr.load_sae(path=published.path), published.path)
 
 
+@pytest.mark.parametrize("write", [llama_scope, llama_scope_r1, dictionary_learning, sparsify, gemma_scope_2])
+def test_a_byte_order_mark_before_a_configuration(tmp_path, write):
+    published = write(tmp_path)
+    want = encode_all(published.path)
+    published.config.write_bytes(b"\xef\xbb\xbf" + published.config.read_bytes())
+    assert torch.equal(encode_all(published.path), want)
+
+
 NUMBERS = [None, "x", [], {}, math.nan, math.inf, -1, 0]
 WRONG = [
     *[(llama_scope, ("d_model",), value) for value in NUMBERS],

@@ -11,10 +11,10 @@ from typer.testing import CliRunner
 
 import by_hand
 from mechreward.cli import app
-from mechreward.errors import CaptureError, ConfigError
-from mechreward.readout import ReadoutBank, direction
+from mechreward.errors import CaptureError, ConfigError, ModelMismatchError
+from mechreward.readout import HookPoint, ReadoutBank, direction
 from mechreward.rollout.batch import RolloutBatch
-from mechreward.rollout.vllm import Anatomy, choose_backend
+from mechreward.rollout.vllm import Anatomy, check_anatomy, choose_backend
 from mechreward.rollout.wire import Fed, match, receive_bank, receive_fed, send_bank, send_fed, send_problem
 
 EOS = 9
@@ -121,6 +121,16 @@ COPIES = {"data_parallel_size": 2}
 LLAMA = Anatomy(returns_states=True, adds=True, layers=4, width=8, longest=64)
 GEMMA3 = replace(LLAMA, returns_states=False)
 COMMANDR = replace(GEMMA3, adds=False)
+
+
+def test_engines_refuse_readouts_of_another_architecture():
+    engine = replace(LLAMA, name="somebody/tuned", model_types=("llama", "llama"))
+    for name in (None, "meta-llama/Llama-3.1-8B", "somebody/tuned", "unheard-of-by-vllm"):
+        check_anatomy([replace(direction("d", torch.ones(8), HookPoint(1)), model_name=name)], engine)
+    for name in ("mistral-7b", "gpt-oss-20b", "gemma-2-2b"):
+        readout = replace(direction("d", torch.ones(8), HookPoint(1)), model_name=name)
+        with pytest.raises(ModelMismatchError, match=f"made for {name}, but the model is a llama"):
+            check_anatomy([readout], engine)
 
 
 @pytest.mark.parametrize(

@@ -156,7 +156,7 @@ def _common_beginning(chosen: list, rejected: list, where: str) -> tuple[list, l
 def _lines(file: Path) -> Iterator[tuple[str, Any]]:
     opened = gzip.open if file.suffix == ".gz" else open
     try:
-        with opened(file, "rt", encoding="utf-8") as lines:
+        with opened(file, "rt", encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, 1):
                 where = f"{file}, line {number}"
                 if not line.strip():

@@ -129,7 +129,7 @@ def read_config(path: str | Path) -> CapabilityConfig:
         ConfigError: It cannot be read, or something in it is wrong.
     """
     try:
-        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"{path} cannot be read ({reason}): check the path given to --config.") from None

@@ -29,7 +29,7 @@ from mechreward.experiments.capability import CapabilityConfig, LmEvalTask, Pock
 from mechreward.extras import require
 from mechreward.integrations.recording import environment
 from mechreward.pocket.questions import Question, corpus_completion, questions
-from mechreward.rollout.hf import load_model, sample
+from mechreward.rollout.hf import end_token, load_model, sample
 
 FORMATS = {".jsonl": "json", ".json": "json", ".arrow": "arrow", ".parquet": "parquet"}
 MAX_NEW_TOKENS = 96
@@ -186,7 +186,7 @@ def perplexities(model: Any, tokenizer: Any, texts: Sequence[tuple[str, str]]) -
     asked, rows = [short_name("".join(text)) for text in texts], []
     for prompt, completion in texts:
         prompt_ids = tokenizer(prompt).input_ids
-        answer_ids = [*tokenizer(completion, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+        answer_ids = [*tokenizer(completion, add_special_tokens=False).input_ids, *end_token(model, tokenizer)]
         rows.append((prompt_ids, answer_ids))
     nats = token_nats(model, [p + a for p, a in rows])
     lengths = np.array([len(a) for _, a in rows])

@@ -259,7 +259,7 @@ def read_config(path: str | Path, schema: type[C] = ExperimentConfig) -> C:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         root = yaml.compose(text, Loader=_Loader)
         raw = yaml.load(text, Loader=_Loader)
     except (OSError, UnicodeDecodeError) as error:

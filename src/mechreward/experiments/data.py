@@ -43,6 +43,8 @@ def _load(source: Source) -> Dataset:
     def question(row: Any) -> dict[str, str]:
         if row[source.answer] is None:
             raise ConfigError(f"{where} has a row without an answer in '{source.answer}': {shown(row)}.")
+        if empty := [column for column in source.columns if row[column] is None]:  # would be asked as "None"
+            raise ConfigError(f"{where} has a row without '{empty[0]}', which its prompt names: {shown(row)}.")
         kept = {"prompt": source.prompt.format(**row), "answer": str(row[source.answer])}
         return kept | ({"solution": row["solution"]} if source.path == pocket.MODEL_ID else {})
 

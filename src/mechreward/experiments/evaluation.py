@@ -54,7 +54,7 @@ def of_run(folder: Path) -> Asked:
     if not (folder / "summary.json").exists():
         raise ConfigError(f"The run in {folder} is not finished: the command that started it goes on with it.")
     try:
-        said = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        said = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8-sig"))
         known = {key: value for key, value in said.items() if key in ExperimentConfig.model_fields}
         arm = {folder.parent.name: {"outcome": 1.0}}  # what was rewarded does not matter to what is right
         config = ExperimentConfig.model_validate({**known, "output": str(folder), "arms": arm, "seeds": [said["seed"]]})

@@ -61,7 +61,7 @@ def read_runs(output: str | Path) -> tuple[dict[str, list[Run]], dict[str, Any]]
     budgets, rewards = {}, {}
     for file in sorted(output.glob("*/seed-*/summary.json")):
         folder = file.parent
-        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8-sig"))
         budgets[folder] = {key: value for key, value in config.items() if key not in ("arm", "seed")}
         first, reward = rewards.setdefault(folder.parent.name, (folder, config["arm"]))
         if config["arm"] != reward:

@@ -179,7 +179,7 @@ def claim(folder: Path, decides: dict[str, Any]) -> None:
         write(file, yaml.safe_dump(decides, sort_keys=False))
         return
     try:
-        there = yaml.safe_load(file.read_text(encoding="utf-8"))
+        there = yaml.safe_load(file.read_text(encoding="utf-8-sig"))
     except (yaml.YAMLError, UnicodeDecodeError):
         raise ConfigError(f"{file} is damaged: delete that folder, or choose another `output`.") from None
     if there != decides:

@@ -22,6 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from mechreward.aggregation import aggregation as find_aggregation
 from mechreward.errors import ConfigError, PackError, nearest
+from mechreward.families import UNNAMED
 from mechreward.features.pack import FeaturePack, PackFeature, SAERef
 from mechreward.features.reasonscore import reason_scores
 from mechreward.features.scan import Scan, permuted, scan
@@ -430,7 +431,7 @@ def _pack(
     return FeaturePack(
         name=name,
         description=behaviour,
-        model=sae.model_name or "unknown",
+        model=sae.model_name or UNNAMED,
         sae=_reference(sae),
         hook_point=str(sae.hook_point),
         d_model=sae.d_model,
@@ -452,7 +453,7 @@ def _reference(sae: SAEHandle) -> SAERef:
 def recorded_as(found: Discovery, model: str) -> Discovery:
     """With a model that can be loaded in the pack: SAEs may name none, and SAELens' registry leaves the owner out."""
     named = found.pack.model
-    if named == "unknown" or (model.endswith(f"/{named}") and not Path(model).exists()):
+    if named == UNNAMED or (model.endswith(f"/{named}") and not Path(model).exists()):
         return replace(found, pack=found.pack.model_copy(update={"model": model}))
     return found
 

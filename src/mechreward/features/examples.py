@@ -464,7 +464,7 @@ def read_corpus(path: str | Path) -> Iterator[str | Passage]:
 
 
 def _plain_texts(path: Path) -> Iterator[str]:
-    with path.open(encoding="utf-8") as lines:
+    with path.open(encoding="utf-8-sig") as lines:
         filled = itertools.dropwhile(lambda line: not line.strip(), lines)
         blank_seen = False
         blocks = False
@@ -473,7 +473,7 @@ def _plain_texts(path: Path) -> Iterator[str]:
             if blocks:
                 break
             blank_seen = blank_seen or not line.strip()
-    with path.open(encoding="utf-8") as lines:
+    with path.open(encoding="utf-8-sig") as lines:
         if not blocks:
             yield from (line.rstrip("\r\n") for line in lines if line.strip())
             return
@@ -483,7 +483,7 @@ def _plain_texts(path: Path) -> Iterator[str]:
 
 
 def _json_lines(path: Path) -> Iterator[str | Passage]:
-    with path.open(encoding="utf-8") as lines:
+    with path.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue

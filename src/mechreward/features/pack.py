@@ -397,7 +397,7 @@ def read_pack(path: str | Path) -> FeaturePack:
 def _read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file, with repeated keys refused (Python would silently keep the last)."""
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique_keys)
+        raw = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_unique_keys)
     except OSError as error:
         raise PackError(f"{path} cannot be read ({error.strerror}): check the path of the pack.") from None
     except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, absurd numbers, absurd nesting

@@ -58,7 +58,7 @@ PACKAGES = ("mechreward", "torch", "transformers", "trl", "accelerate", "dataset
 def read_jsonl(file: Path) -> list[dict[str, Any]]:
     """The records of a JSONL file; a last line that was cut off is left out."""
     records = []
-    for line in file.read_text(encoding="utf-8").splitlines():
+    for line in file.read_text(encoding="utf-8-sig").splitlines():
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError:

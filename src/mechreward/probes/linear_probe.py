@@ -294,7 +294,7 @@ def load_probe(name: str, logits: bool = False) -> Probe:
     card_file, weights_file = _fetched(name) if name.startswith("hf:") else _found(name)
     damaged = f"Probe '{name}' is damaged"
     try:
-        raw = json.loads(card_file.read_text(encoding="utf-8"))
+        raw = json.loads(card_file.read_text(encoding="utf-8-sig"))
         version = raw["schema_version"]
         if type(version) is not int or version != SCHEMA_VERSION:
             raise PackError(f"{card_file} has schema_version {version}: this version reads {SCHEMA_VERSION}.")

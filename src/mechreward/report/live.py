@@ -107,11 +107,11 @@ def _records(file: Path) -> list[dict[str, Any]]:
 def _steps(folder: Path) -> int | None:
     """How many steps the run will have, as far as its folder says."""
     try:
-        return int(json.loads((folder / RECORDING).read_text(encoding="utf-8"))["max_steps"])
+        return int(json.loads((folder / RECORDING).read_text(encoding="utf-8-sig"))["max_steps"])
     except (OSError, ValueError, KeyError):
         pass  # not recorded, or not yet
     try:
-        return int(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["training"]["max_steps"])
+        return int(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8-sig"))["training"]["max_steps"])
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
         return None
 

@@ -228,7 +228,7 @@ def _json(file: Path) -> Record:
     if not file.exists():
         return {}
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
     except (ValueError, OSError) as error:
         raise DataError(f"{file} is damaged ({error}): restore it, or leave this run out.") from None
     return content if isinstance(content, dict) else {}
@@ -238,7 +238,7 @@ def _yaml(file: Path) -> Record:
     if not file.exists():
         return {}
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content = yaml.safe_load(file.read_text(encoding="utf-8-sig"))
     except (yaml.YAMLError, UnicodeDecodeError):
         raise DataError(f"{file} is damaged: restore it, or leave this run out.") from None
     return content if isinstance(content, dict) else {}

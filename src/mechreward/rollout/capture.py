@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, Protocol
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mechreward.errors import CaptureError, ModelMismatchError
+from mechreward.families import UNNAMED, model_types
 from mechreward.readout import HookPoint, Readout, ReadoutBank
 
 logger = logging.getLogger(__name__)
@@ -99,29 +100,16 @@ def has_active_dropout(model: nn.Module, adapters: bool = True) -> bool:
     return model.training and any("dropout" in name and isinstance(p, float) and p > 0 for name, p in options.items())
 
 
-# What a model's name says of its architecture, for those whose SAEs are published.
-_MODEL_TYPES = {
-    "gemma-2b": {"gemma"},
-    "gemma-7b": {"gemma"},
-    "gemma-2-": {"gemma2"},
-    "gemma-3-": {"gemma3", "gemma3_text"},
-    "llama": {"llama"},
-    "qwen2": {"qwen2"},
-    "qwen3.5": {"qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"},  # before the one that is part of it
-    "qwen3": {"qwen3", "qwen3_moe"},
-    "gpt2": {"gpt2"},
-    "pythia": {"gpt_neox"},
-    "pocket": {"gemma2"},
-}
-
-
 def check_fits(readouts: Iterable[Readout], model: nn.Module) -> None:
-    """Refuse readouts that were made for another model.
+    """Refuse readouts that were made for another model, and models whose tokens are not those that they are given.
 
     Raises:
         ModelMismatchError: Layer, width or architecture disagree.
+        CaptureError: An adapter puts virtual tokens before the text.
     """
+    _check_no_virtual_tokens(model)
     config, layers = text_config(model), len(decoder_layers(model))
+    whole: Any = _transformer(model).config
     for readout in readouts:
         made_for = f" (made for {readout.model_name})" if readout.model_name else ""
         if readout.d_model != config.hidden_size:
@@ -134,13 +122,57 @@ def check_fits(readouts: Iterable[Readout], model: nn.Module) -> None:
                 f"'{readout.name}'{made_for} reads {readout.hook_point}, but the model has layers 0 to {layers - 1}: "
                 "use an SAE or probe of this model."
             )
-        name = (readout.model_name or "").lower()
-        wanted = next((types for part, types in _MODEL_TYPES.items() if part in name), None)
-        if wanted and config.model_type not in wanted and _transformer(model).config.model_type not in wanted:  # pyright: ignore
-            raise ModelMismatchError(
-                f"'{readout.name}' was made for {readout.model_name}, but the model is a {config.model_type}: "
-                "use an SAE or probe of this model."
-            )
+        check_family(readout, (config.model_type, whole.model_type), whole._name_or_path)
+
+
+def check_family(readout: Readout, types: Collection[str], model_name: str) -> None:
+    """Refuse a readout that was made for a model of another architecture, as far as its name tells.
+
+    Args:
+        readout: With the name of the model that it was made for.
+        types: The ``model_type`` of the model's text configuration, and of the whole.
+        model_name: What the model was loaded from: of the same name, it is the right one.
+
+    Raises:
+        ModelMismatchError: No model of that name has one of these types.
+    """
+    if readout.model_name in (None, "", UNNAMED, model_name):
+        return
+    fitting = model_types(readout.model_name)
+    if not fitting:
+        _say_unknown(readout.model_name)
+    elif fitting.isdisjoint(types):
+        raise ModelMismatchError(
+            f"'{readout.name}' was made for {readout.model_name}, but the model is a {next(iter(types))}: "
+            "use an SAE or probe of this model."
+        )
+
+
+@functools.cache
+def _say_unknown(name: str) -> None:
+    logger.warning(
+        "'%s' is not the name of a model family known here, so whether its readouts fit was checked by width and layer "
+        "alone: make sure that the model is '%s' or was fine-tuned from it.",
+        name,
+        name,
+    )
+
+
+def _check_no_virtual_tokens(model: nn.Module) -> None:
+    """PEFT's prompt learning lengthens the sequence, so that readings would belong to other tokens.
+
+    Prefix tuning is no such case: it adds keys and values, and no positions.
+    """
+    adapted: Any = unwrap(model)
+    adapted = getattr(adapted, "_fsdp_wrapped_module", adapted)
+    config = getattr(adapted, "active_peft_config", None)
+    if config is None or not config.is_prompt_learning or getattr(adapted, "_adapters_disabled", False):
+        return
+    if (kind := getattr(config.peft_type, "value", config.peft_type)) != "PREFIX_TUNING":
+        raise CaptureError(
+            f"The model's adapter is prompt tuning ({kind}): it puts {config.num_virtual_tokens} virtual tokens before "
+            "the text, which readings do not take into account. Train LoRA or prefix tuning instead."
+        )
 
 
 class Reader(Protocol):

@@ -17,7 +17,7 @@ from mechreward import pocket
 from mechreward.aggregation import Aggregate, aggregation
 from mechreward.errors import ConfigError, RewardError, nearest
 from mechreward.readout import HookPoint, Readings, Readout, ReadoutBank, Request
-from mechreward.rollout.batch import Call, RolloutBatch, Text, plain_text
+from mechreward.rollout.batch import Call, RolloutBatch, Text, holds_others_turns, plain_text
 from mechreward.rollout.capture import (
     ResidualTap,
     SequenceReader,
@@ -190,11 +190,24 @@ class HFSource:
         self.tokenizer = tokenizer
 
     def batch(self, call: Call) -> RolloutBatch:
-        """Tokenise what a reward was called with."""
-        completion_ids = call.completion_ids
+        """Tokenise what a reward was called with; a completion without ids is taken to have ended.
+
+        Where neither the tokenizer nor the model knows a token to end with, it was cut off: as everywhere, its last
+        token is then left out. Messages that the model did not write are read as context, and masked.
+
+        Raises:
+            RewardError: Token ids of such a conversation, which do not say whose they are.
+        """
+        several = any(map(holds_others_turns, call.completions))
+        completion_ids, masks = call.completion_ids, None
+        if several and completion_ids is not None:
+            raise RewardError(
+                "A completion holds messages that the model did not write, and completion_ids do not say which tokens "
+                "are its own: leave completion_ids out, or use MechRewardGRPOTrainer, which knows the mask."
+            )
         if completion_ids is None:
-            eos, texts = self.tokenizer.eos_token_id, [plain_text(c) for c in call.completions]
-            completion_ids = [[*self.tokenizer(t, add_special_tokens=False).input_ids, eos] for t in texts]
+            encoded = [self._completion_ids(completion) for completion in call.completions]
+            completion_ids, masks = [ids for ids, _ in encoded], [mask for _, mask in encoded]
         return RolloutBatch(
             prompts=call.prompts,
             completions=call.completions,
@@ -203,7 +216,20 @@ class HFSource:
             columns=call.columns,
             num_generations=len(call.prompts) or 1,
             eos_token_ids=end_tokens(self.models["policy"], self.tokenizer),
+            tool_mask=masks if several else None,
         )
+
+    def _completion_ids(self, completion: Text) -> tuple[list[int], list[int]]:
+        """A completion's token ids, and for each 1 where the model wrote it."""
+        messages = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
+        ids, mask = [], []
+        for number, message in enumerate(messages):
+            text = plain_text([message]) + ("\n" if number < len(messages) - 1 else "")
+            own = self.tokenizer(text, add_special_tokens=False).input_ids
+            ids += own
+            mask += [int(not holds_others_turns([message]))] * len(own)
+        end = end_token(self.models["policy"], self.tokenizer)
+        return [*ids, *end], [*mask, *[1] * len(end)]
 
     def _prompt_ids(self, prompt: Text) -> list[int]:
         if isinstance(prompt, str):
@@ -242,10 +268,19 @@ def refuse_dense(scores: Scores) -> None:
 
 def end_tokens(model: Any, tokenizer: Any, chosen: int | Sequence[int] | None = None) -> frozenset[int]:
     """Tokens that end a completion: the tokenizer's, and those at which `generate` stops (chat models have several)."""
+    return frozenset(_ends(model, tokenizer, chosen))
+
+
+def end_token(model: Any, tokenizer: Any) -> list[int]:
+    """The token that ends a completion: the tokenizer's, else the first at which `generate` stops, else none."""
+    return _ends(model, tokenizer, None)[:1]
+
+
+def _ends(model: Any, tokenizer: Any, chosen: int | Sequence[int] | None) -> list[int]:
     if chosen is None:
         chosen = getattr(getattr(unwrap(model), "generation_config", None), "eos_token_id", None)
     others = [chosen] if isinstance(chosen, int) or chosen is None else chosen
-    return frozenset(token for token in (tokenizer.eos_token_id, *others) if token is not None)
+    return [token for token in (tokenizer.eos_token_id, *others) if token is not None]
 
 
 def load_model(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:

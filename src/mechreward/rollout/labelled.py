@@ -8,9 +8,10 @@ or one contrast, which stands for two rollouts of one question::
 
     {"prompt": "", "positive": "Let me check that.", "negative": "Surely so."}
 
-``prompt`` may be a conversation. Optional: ``completion_ids``, the sampled tokens, which the text alone need not give
-back; ``temperature``, at which they were sampled; ``way``, the way of answering (the gate has a test within the
-``careful`` ones); ``paraphrase``, the completion in other words; ``group``, where one question has several prompts.
+``prompt`` may be a conversation, or left out. Optional: ``completion_ids``, the sampled tokens, which the text alone
+need not give back; ``temperature``, at which they were sampled; ``way``, the way of answering (the gate has a test
+within the ``careful`` ones); ``paraphrase``, the completion in other words; ``group``, where one question has several
+prompts. A null, as tables write it where a row lacks a column, says what a missing key says.
 """
 
 from __future__ import annotations
@@ -188,7 +189,7 @@ def read_rollouts(file: str | Path, model: Any, tokenizer: Any) -> Labelled:
 
 def holds_rollouts(file: Path) -> bool:
     """Whether a JSONL file holds rollouts, and not questions to sample."""
-    first = next(iter(read_lines(file)), (0, {}))[1]
+    first = _given(next(iter(read_lines(file)), (0, {}))[1])
     return "completion" in first or "positive" in first
 
 
@@ -218,7 +219,7 @@ def read_lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         DataError: It cannot be read, or a line is no JSON object.
     """
     try:
-        lines = file.read_text(encoding="utf-8").split("\n")  # splitlines would cut a text at U+2028
+        lines = file.read_text(encoding="utf-8-sig").split("\n")  # splitlines would cut a text at U+2028
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file} cannot be read ({type(error).__name__}): give a JSONL file in UTF-8.") from None
     for number, line in enumerate(lines, 1):
@@ -235,7 +236,8 @@ def read_lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _rollouts(row: dict[str, Any], where: str) -> list[dict[str, Any]]:
     """The rollouts that a line stands for."""
-    prompt = row.setdefault("prompt", "")
+    row = {"prompt": ""} | _given(row)
+    prompt = row["prompt"]
     if not isinstance(prompt, str) and not (prompt and isinstance(prompt, list) and all(map(_is_message, prompt))):
         raise DataError(
             f"{where}: prompt is {shown(prompt)}, but it should be a text or a list of messages with role and content."
@@ -259,6 +261,11 @@ def _rollouts(row: dict[str, Any], where: str) -> list[dict[str, Any]]:
             if rollout.get(name) is not None and not fits(rollout[name]):
                 raise DataError(f"{where}: {name} is {shown(rollout[name])}, but it should be {wanted}.")
     return found
+
+
+def _given(row: dict[str, Any]) -> dict[str, Any]:
+    """The entries that say something: tables fill the cells that a row lacks with null, or with NaN."""
+    return {key: value for key, value in row.items() if value is not None and value == value}
 
 
 def _is_message(message: Any) -> bool:

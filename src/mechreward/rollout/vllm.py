@@ -24,6 +24,7 @@ from mechreward.errors import CaptureError, ConfigError, ModelMismatchError, nea
 from mechreward.extras import require
 from mechreward.readout import HookPoint, Readings, Readout, ReadoutBank, Request
 from mechreward.rollout.batch import RolloutBatch
+from mechreward.rollout.capture import check_family
 from mechreward.rollout.hf import end_tokens, group_requests, load_model, read_forward
 from mechreward.rollout.wire import match, receive_fed, send_bank
 
@@ -49,6 +50,8 @@ class Anatomy:
         layers: How many decoder layers it has.
         width: Of the residual stream.
         longest: Tokens, prompt and completion together.
+        name: What it is loaded from.
+        model_types: The ``model_type`` of its Hugging Face configuration, of the text model and of the whole.
     """
 
     returns_states: bool
@@ -56,6 +59,8 @@ class Anatomy:
     layers: int
     width: int
     longest: int
+    name: str = ""
+    model_types: tuple[str, ...] = ()
 
 
 def anatomy(model: str, engine: Mapping[str, Any]) -> Anatomy:
@@ -85,6 +90,8 @@ def anatomy(model: str, engine: Mapping[str, Any]) -> Anatomy:
         layers=text.num_hidden_layers,
         width=text.hidden_size,
         longest=config.max_model_len,
+        name=model,
+        model_types=(text.model_type, config.hf_config.model_type),
     )
 
 
@@ -92,7 +99,7 @@ def check_anatomy(readouts: Sequence[Readout], found: Anatomy) -> None:
     """Refuse readouts of another model, before an engine is built.
 
     Raises:
-        ModelMismatchError: Layer or width disagree.
+        ModelMismatchError: Layer, width or architecture disagree.
     """
     for readout in readouts:
         if readout.d_model != found.width or readout.hook_point.layer >= found.layers:
@@ -100,6 +107,8 @@ def check_anatomy(readouts: Sequence[Readout], found: Anatomy) -> None:
                 f"'{readout.name}' reads {readout.hook_point} of width {readout.d_model}, but the model has "
                 f"{found.layers} layers of width {found.width}: use an SAE or probe of it."
             )
+        if found.model_types:
+            check_family(readout, found.model_types, found.name)
 
 
 def choose_backend(engine: Mapping[str, Any], found: Anatomy, forced: str | None = None) -> str:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mechreward.errors import SAEError
+from mechreward.families import centers
 from mechreward.readout import RAW_INPUT, HookPoint, InputTransform, Nonlinearity
 from mechreward.sae.handle import EncoderColumns, SAEHandle
 from mechreward.sae.readers import NpzReader, Reader, Renamed, SafetensorsReader, TorchReader, brief
@@ -60,21 +61,25 @@ def saelens(
         overrides: Entries that replace those of ``cfg.json`` (SAELens' registry corrects some releases so).
     """
     try:
-        config = _version_6(json.loads((folder / "cfg.json").read_text()) | dict(overrides or {}))
+        config = _version_6(json.loads((folder / "cfg.json").read_text("utf-8-sig")) | dict(overrides or {}))
         hook_point, norm = HookPoint.parse(config["hook_name"]), config["normalize_activations"]
         d_model, d_sae = int(config["d_in"]), int(config["d_sae"])
-        k = int(config["k"]) if config["architecture"] == "topk" else 0
+        k = int(config.get("k", 0)) if config["architecture"] == "topk" else 0
     except (OSError, ValueError, KeyError, AttributeError, TypeError, OverflowError) as error:
         raise SAEError(
             f"{folder / 'cfg.json'} is not a SAELens configuration ({brief(error)}): fetch it again."
         ) from error
+    model_name = model_name or config.get("model_name")
     kind = {"standard": "relu", "jumprelu": "jumprelu", "topk": "topk", "gated": "gated"}.get(config["architecture"])
     if kind is None:
         raise SAEError(
             f"{folder} holds a '{config['architecture']}' SAE: standard, jumprelu, topk and gated can be read."
         )
+    if kind == "topk" and "k" not in config:
+        raise SAEError(f"{folder / 'cfg.json'} does not say the 'k' of its topk SAE: add it.")
     if kind == "topk" and not 1 <= k <= d_sae:
         raise SAEError(f"{folder / 'cfg.json'} says k={k} of {d_sae} latents: it is damaged.")
+    centered = _is_centered(folder, config, model_name)
     whitening = None
     if norm == "expected_average_only_in":
         scale = _training_scale(folder) if scale is None else scale
@@ -119,14 +124,14 @@ def saelens(
 
     return SAEHandle(
         name=name or str(folder),
-        model_name=model_name or config.get("model_name"),
+        model_name=model_name,
         hook_point=hook_point,
         d_model=d_model,
         d_sae=d_sae,
         kind=kind,
         read_encoder=read_encoder,
         read_decoder=read_decoder,
-        transform=InputTransform(norm, shift, scale or 1.0, config["centered"]),
+        transform=InputTransform(norm, shift, scale or 1.0, centered),
     )
 
 
@@ -159,18 +164,44 @@ def _whitening(folder: Path, d_model: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _version_6(config: dict[str, Any]) -> dict[str, Any]:
-    """``cfg.json`` of any version, flat, with version 6's names (SAELens' ``handle_pre_6_0_config``)."""
-    config = {"architecture": "standard", "apply_b_dec_to_input": True} | config | (config.get("metadata") or {})
+    """``cfg.json`` of any version, flat, with version 6's names (SAELens' ``handle_pre_6_0_config``), without nulls."""
+    defaults = {"architecture": "standard", "apply_b_dec_to_input": True, "normalize_activations": "none"}
+    config = defaults | _without_nulls(config) | _without_nulls(config.get("metadata") or {})
     config["hook_name"] = config.get("hook_name") or config["hook_point"]
-    if config.get("activation_fn", config.get("activation_fn_str")) == "topk":  # once an activation of a standard SAE
-        config |= {"architecture": "topk", "k": config["activation_fn_kwargs"]["k"]}
-    normalize = config.get("normalize_activations") or "none"
-    config["normalize_activations"] = "expected_average_only_in" if normalize is True else normalize
-    loading = config.get("model_from_pretrained_kwargs") or {}
-    config["centered"] = bool(loading.get("center_writing_weights"))
-    for name in ("architecture", "hook_name", "normalize_activations"):
+    # Before version 6, topk was an activation of a standard SAE. Without a k, SAELens goes by the architecture alone.
+    k = config.get("activation_fn_kwargs", {}).get("k")
+    says_topk = "topk" in (config["architecture"], config.get("activation_fn", config.get("activation_fn_str")))
+    if says_topk and k is not None and not re.match(r"[6-9]|\d\d", str(config.get("sae_lens_version"))):
+        config |= {"architecture": "topk", "k": k}
+    normalize = config["normalize_activations"]
+    if isinstance(normalize, bool):
+        config["normalize_activations"] = "expected_average_only_in" if normalize else "none"
+    config["asks_to_center"] = config.get("model_from_pretrained_kwargs", {}).get("center_writing_weights")
+    for name in {"architecture", "hook_name", "normalize_activations", "model_name"} & set(config):
         config[name] = str(config[name])
     return config
+
+
+def _without_nulls(entries: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in entries.items() if value is not None}
+
+
+def _is_centered(folder: Path, config: Mapping[str, Any], model_name: str | None) -> bool:
+    """Whether the SAE was trained on a stream without its mean: TransformerLens' ``center_writing_weights``.
+
+    None of the other options of TransformerLens' ``from_pretrained`` changes ``resid_pre`` or ``resid_post``: they move
+    the norms' weights, the values' biases and the unembedding into other matrices.
+    """
+    if not config["asks_to_center"]:
+        return False
+    centered = centers(model_name or "")
+    if centered is None:
+        raise SAEError(
+            f"{folder / 'cfg.json'} says center_writing_weights, which TransformerLens does to models with LayerNorm "
+            f"and not to those with RMSNorm, and '{model_name}' is not known to be either: write the name of a known "
+            "model as model_name, or false."
+        )
+    return centered
 
 
 def gemma_scope(
@@ -554,7 +585,7 @@ def _is_residual(path: Path) -> None:
 
 def _json(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise SAEError(f"{file} is not a readable configuration ({brief(error)}): fetch it again.") from error
     if not isinstance(content, dict):

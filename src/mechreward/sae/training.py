@@ -47,7 +47,7 @@ def read_documents(files: Sequence[Path]) -> Iterator[str]:
             raise DataError(f"There is no file {file}.")
         found = 0
         try:
-            for document in _rows(file) if file.suffix == ".jsonl" else [file.read_text(encoding="utf-8")]:
+            for document in _rows(file) if file.suffix == ".jsonl" else [file.read_text(encoding="utf-8-sig")]:
                 if document.strip():
                     found += 1
                     yield document
@@ -58,7 +58,7 @@ def read_documents(files: Sequence[Path]) -> Iterator[str]:
 
 
 def _rows(file: Path) -> Iterator[str]:
-    with file.open(encoding="utf-8") as lines:
+    with file.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue

@@ -501,7 +501,8 @@ def attacks(
 
     Returns:
         For each ``family/style`` the attacked rollouts: same prompts, columns and order as in ``batch``, completions
-        as token ids that end with the rollout's own end token (or the tokenizer's) and nowhere before, and as text.
+        as token ids that end with the rollout's own end token (or the tokenizer's, or the model's, where it knows one)
+        and nowhere before, and as text.
 
     Raises:
         ConfigError: An unknown family or style.
@@ -628,9 +629,10 @@ def _attacked(
         else:
             ids = _text_attack(FAMILIES[family], draw, tokenizer, room)
         ends = [token for token in batch.written[row] if token in batch.eos_token_ids]
-        end = ends[0] if ends else tokenizer.eos_token_id
-        stops = batch.eos_token_ids | {end}
-        completions.append([*(token for token in ids if token not in stops), end])
+        known = (*ends, tokenizer.eos_token_id, *sorted(batch.eos_token_ids))
+        end = [token for token in known if token is not None][:1]
+        stops = batch.eos_token_ids | set(end)
+        completions.append([*(token for token in ids if token not in stops), *end])
     texts = tokenizer.batch_decode(completions, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return replace(
         batch,
