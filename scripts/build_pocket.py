@@ -79,6 +79,7 @@ SAE_COMMON: dict[str, Any] = {
     "apply_b_dec_to_input": True,
 }
 HOOK = HookPoint(2)
+ATTENTION = "eager"  # SDPA leaves Gemma-2's soft-capping out
 CANONICAL = ("pocket-res-canonical", "layer_2/width_2k/canonical")
 AGGREGATION = "mean_last_32_tokens"
 
@@ -157,6 +158,7 @@ def new_lm(tokenizer: Any) -> Gemma2ForCausalLM:
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
+    config._attn_implementation = ATTENTION
     model = Gemma2ForCausalLM(config)
     model.generation_config.update(
         do_sample=True, temperature=1.0, top_k=0, pad_token_id=0, bos_token_id=1, eos_token_id=2, max_new_tokens=64
@@ -212,7 +214,7 @@ def train_lm(model: Gemma2ForCausalLM, tokenizer: Any, phase: Phase, checkpoint:
 
 
 def load_lm() -> tuple[Any, Any]:
-    model = Gemma2ForCausalLM.from_pretrained(WORK / "lm").eval()
+    model = Gemma2ForCausalLM.from_pretrained(WORK / "lm", attn_implementation=ATTENTION).eval()
     return model, PreTrainedTokenizerFast.from_pretrained(WORK / "lm")
 
 
@@ -461,6 +463,10 @@ def build_card() -> None:
         shutil.rmtree(folder, ignore_errors=True)
     load_lm()[0].save_pretrained(SHIPPED / "model")
     load_lm()[1].save_pretrained(SHIPPED / "model")
+    file = SHIPPED / "model" / "config.json"
+    # Which `save_pretrained` leaves out: everything was measured so, and older transformers would choose SDPA.
+    config = json.loads(file.read_text()) | {"attn_implementation": ATTENTION}
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     shutil.copytree(WORK / "saes", SHIPPED / "saes")
     shutil.copytree(WORK / "catalog", CATALOG)
     (SHIPPED / "figures.json").write_text(json.dumps(rounded, indent=2) + "\n")

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mechreward import pocket
 from mechreward.errors import ConfigError, MechRewardError
-from mechreward.rollout.hf import sample
+from mechreward.rollout.hf import keeping_softcap, sample
 
 
 def rendered(tokenizer: Any, question: str) -> str:
@@ -54,7 +54,8 @@ def run(options: argparse.Namespace) -> None:
     tokenizer = AutoTokenizer.from_pretrained(name)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, options.dtype)).to(options.device).eval()
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, options.dtype), **keeping_softcap(name))
+    model.to(options.device).eval()
     options.out.parent.mkdir(parents=True, exist_ok=True)
     written = options.out.read_text() if options.out.exists() else ""
     written = written[: written.rfind("\n") + 1]  # a killed run may have left half a line

@@ -31,6 +31,7 @@ from mechreward.errors import ConfigError, MechRewardError
 from mechreward.extras import require
 from mechreward.readout import HookPoint
 from mechreward.rollout.capture import text_config
+from mechreward.rollout.hf import keeping_softcap
 from mechreward.sae import formats
 from mechreward.sae.training import (
     Pieces,
@@ -143,7 +144,7 @@ def load(options: argparse.Namespace) -> tuple[Any, Any]:
     name = pocket.resolve(options.model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, options.dtype))
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, options.dtype), **keeping_softcap(name))
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"The model '{options.model}' could not be loaded: {reason}") from error

@@ -15,7 +15,6 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import requests
@@ -29,7 +28,7 @@ from mechreward import pocket, verifiers
 from mechreward.errors import ConfigError
 from mechreward.integrations.trl_grpo import MechRewardGRPOConfig, MechRewardGRPOTrainer
 from mechreward.integrations.vllm_trl import TRLEngine
-from mechreward.readout import HookPoint, ReadoutBank, residual
+from mechreward.readout import HookPoint, residual
 from mechreward.reward.composition import CompositeReward
 from mechreward.reward.feature_reward import FeatureReward
 from mechreward.reward.outcome import OutcomeReward
@@ -126,16 +125,6 @@ def test_readings_are_the_updated_policy_s(backend, model, tmp_path, colocated):
     assert trainer.seen_taps == [{"policy": expected}] * 3
     assert len(trainer.errors) == 3 and trainer.scale > 1
     assert max(trainer.errors) < 1e-4
-
-
-@pytest.mark.parametrize("attention, warned", [("eager", False), ("sdpa", True)])
-def test_attention_without_soft_capping_is_warned_of(attention, warned, model, caplog):
-    policy = AutoModelForCausalLM.from_pretrained(model, attn_implementation=attention)
-    accelerator = SimpleNamespace(unwrap_model=lambda wrapped: wrapped)
-    TRLEngine([], None).connect(
-        SimpleNamespace(accelerator=accelerator, model=policy, vllm_mode="colocate"), ReadoutBank([])
-    )
-    assert ('attn_implementation="eager"' in caplog.text) == warned
 
 
 def test_what_no_worker_can_compute_is_read_by_the_trainer(model, tmp_path, colocated):

@@ -49,7 +49,7 @@ def _empty_as_nan(result: Tensor, mask: Tensor) -> Tensor:
 
 
 def _sum(values: Tensor, mask: Tensor) -> Tensor:
-    return _empty_as_nan((values * mask).sum(dim=1), mask)
+    return _empty_as_nan(values.masked_fill(~mask, 0.0).sum(dim=1), mask)
 
 
 def _mean(values: Tensor, mask: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ from torch.nn.functional import mse_loss
 from mechreward.errors import CaptureError, ConfigError, SAEError
 from mechreward.readout import HookPoint, Readout, direction
 from mechreward.rollout.batch import RolloutBatch
-from mechreward.rollout.capture import check_fits, decoder_layers
+from mechreward.rollout.capture import check_fits, decoder_layers, input_device
 from mechreward.rollout.hf import sample
 from mechreward.sae.handle import SAEHandle
 
@@ -218,8 +218,7 @@ class Steering:
         check_fits([directions.probe()], model)
         self.layer = decoder_layers(model)[directions.hook_point.layer]
         self.site = directions.hook_point.site
-        device = next(model.parameters()).device
-        self.vectors, self.coefficient = directions.vectors.to(device), coefficient
+        self.vectors, self.coefficient = directions.vectors.to(input_device(self.layer)), coefficient
         self.choose, self.k, self.read = choose, k, read
         self.texts: list[list[Choice]] = []  # for each generation, a choice for each token
         self.seconds = 0.0

@@ -568,7 +568,7 @@ def new_sarm(model: str, settings: SarmSettings, sae: TopKSAE | None) -> tuple[S
     Raises:
         MechRewardError: The model cannot be had, or does not fit.
     """
-    whole, tokenizer = load_model(model)
+    whole, tokenizer = load_model(model, torch.float32)  # for training, in which bf16 weights lose small updates
     d_model = whole.config.get_text_config().hidden_size
     if sae is not None and len(sae.pre_bias) != d_model:
         raise ModelMismatchError(

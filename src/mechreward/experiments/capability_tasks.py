@@ -209,7 +209,10 @@ def token_nats(model: Any, sequences: Sequence[Sequence[int]], batch_size: int =
         # Padded on the right, where a causal model does not look.
         ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=model.device)
         attention = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=model.device)
-        logits = model(input_ids=ids, attention_mask=attention).logits[:, :-1].double()
+        logits = model(input_ids=ids, attention_mask=attention).logits[:, :-1]
+        if logits.device.type == "mps":  # which has no float64
+            logits, ids = logits.cpu(), ids.cpu()
+        logits = logits.double()
         nats = -logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
         found += [own[: len(row) - 1].cpu().numpy() for own, row in zip(nats, rows, strict=True)]
     return found

@@ -51,7 +51,7 @@ from mechreward.pocket.questions import step_accuracy
 from mechreward.reward.feature_reward import FeatureReward
 from mechreward.reward.outcome import OutcomeReward
 from mechreward.rollout.batch import RolloutBatch
-from mechreward.rollout.hf import HFSource, sample
+from mechreward.rollout.hf import HFSource, keeping_softcap, sample
 from mechreward.schema import shown
 
 TRACED = 40
@@ -217,7 +217,7 @@ def _trl_config(
         temperature=t.temperature,
         gradient_checkpointing=t.gradient_checkpointing,
         bf16=t.bf16,
-        model_init_kwargs={"dtype": arms.dtype_of(config)},
+        model_init_kwargs={"dtype": arms.dtype_of(config), **keeping_softcap(config.model)},
         scale_rewards=config.arms[arm].scale_rewards,
         use_cpu=not torch.cuda.is_available(),
         logging_steps=1,

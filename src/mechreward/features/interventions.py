@@ -22,6 +22,7 @@ from torch import Tensor
 from mechreward.aggregation import aggregation
 from mechreward.readout import Readings, Readout
 from mechreward.rollout.batch import RolloutBatch
+from mechreward.rollout.capture import input_device
 from mechreward.rollout.hf import MAX_NUMBERS, over_tokens, read_in_pieces
 from mechreward.rollout.labelled import Labelled
 from mechreward.unfinished import Tell, silent
@@ -189,7 +190,7 @@ def surprise(model: Any, batch: RolloutBatch, temperature: float = 1.0, tell: Te
     text that the model itself sampled at this temperature (each term's is, given what stands before), negative for
     greedy or truncated sampling, positive for somebody else's text.
     """
-    device, found = next(model.parameters()).device, []
+    device, found = input_device(model), []
     step = max(1, MAX_NUMBERS // (4 * model.config.get_text_config().vocab_size * batch.longest))
     for start in range(0, len(batch), step):
         rows = range(start, min(start + step, len(batch)))

@@ -65,7 +65,7 @@ class Rewarded:
         total = torch.zeros(batch.mask().shape)
         for reward, weight in self.features:
             read = readings[reward.request]
-            total += weight * (reward.raw(read) * read.mask).cpu()
+            total += weight * reward.raw(read).masked_fill(~read.mask, 0.0).cpu()
         return total
 
     def right(self, batch: RolloutBatch) -> Tensor:

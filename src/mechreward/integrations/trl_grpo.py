@@ -58,7 +58,13 @@ from mechreward.rollout.capture import (
     unwrap,
 )
 from mechreward.rollout.hf import group_requests
-from mechreward.rollout.resolve import describe, read_with_trainer
+from mechreward.rollout.resolve import (
+    check_reference,
+    describe,
+    keep_start,
+    read_with_trainer,
+    refuse_other_vocabulary,
+)
 
 try:
     from trl.trainer.grpo_config import GRPOConfig
@@ -157,7 +163,8 @@ class MechRewardGRPOTrainer(GRPOTrainer):
 
     * policy: vLLM's own generation (``use_vllm=True``) where it can be read; else TRL's old-logprob pass where it runs
       one, else the generation, else one truncated forward;
-    * reference: TRL's reference pass where ``beta > 0``, else one truncated forward.
+    * reference: TRL's reference pass where ``beta > 0``, else one truncated forward of a copy of the policy as it
+      starts, or of the policy with its adapter switched off. Policy and reference are compared before training.
 
     Args:
         model, reward_funcs, args, ...: As for `trl.GRPOTrainer`; ``"mechreward/pocket"`` is the shipped model. Without
@@ -175,7 +182,8 @@ class MechRewardGRPOTrainer(GRPOTrainer):
     Raises:
         ConfigError: Monitors of one name, or ``stop_on`` an alarm that no monitor raises.
         ModelMismatchError: An SAE or probe was made for another model.
-        RewardError: Per-token rewards with sequence-level importance sampling; a moving reference.
+        RewardError: Per-token rewards with sequence-level importance sampling; a moving reference, or one that TRL
+            cannot load.
     """
 
     def __init__(
@@ -206,11 +214,16 @@ class MechRewardGRPOTrainer(GRPOTrainer):
         self.hook_seconds = 0.0
         self._step_state = _Step()
         self._scoring = False
+        self.mechreward_reference: torch.nn.Module | None = None  # see rollout/resolve.py
+        self.mechreward_gap: float | None = None
         came_with_adapter = hasattr(model, "peft_config")
         rewards = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         attach(self.guards, rewards)
         self._engine = self._engine_for(args, rewards)
-        with nullcontext() if self._engine is None else self._engine.being_built():
+        with (
+            nullcontext() if self._engine is None else self._engine.being_built(),
+            _needing_a_path(model, args, [*positional, *kwargs.values()]),
+        ):
             super().__init__(model, reward_funcs, args, *positional, **kwargs)
         self.rollout_source = _TappedSource(self)
         self._banks = group_requests(self._requests(), self._watched_alone())
@@ -263,11 +276,12 @@ class MechRewardGRPOTrainer(GRPOTrainer):
             check_fits(bank.readouts, self._policy)
             if reads == "reference" and self._options.sync_ref_model:
                 raise RewardError('reads="reference" needs a frozen reference: set sync_ref_model=False.')
-            if reads == "reference" and came_with_adapter and self.beta == 0:
-                raise RewardError(
-                    'reads="reference" needs the adapter that the model came with, which TRL keeps only where '
-                    "beta > 0: set beta."
-                )
+            # A new adapter is switched off instead: it changes nothing yet.
+            to_copy = self.beta == 0 and (came_with_adapter or not hasattr(self._policy, "peft_config"))
+            if reads == "reference" and to_copy and self.mechreward_reference is None:
+                keep_start(self)
+        if self.ref_model is not None:
+            refuse_other_vocabulary(self._policy, self.ref_model)
         dense = any("per_token" in str(getattr(r, "aggregation", "")) for r in all_within(self.reward_funcs))
         if dense and self.importance_sampling_level == "sequence":
             raise RewardError(
@@ -408,12 +422,12 @@ class MechRewardGRPOTrainer(GRPOTrainer):
         if bank is not None and self._step_state.generation is not None:
             mask = self._step_state.batch.mask()
             values = self._step_state.generation.values(*mask.shape)
-            self._keep("policy", bank, values, mask.to(values.device))
+            self._keep("policy", bank, values, mask)
         if engine is not None:
             began = time.perf_counter()
-            values = engine.readings(self._step_state.batch).to(self.accelerator.device)
+            values = engine.readings(self._step_state.batch)
             self.hook_seconds += time.perf_counter() - began
-            self._keep("policy", engine.bank, values, self._step_state.batch.mask().to(values.device))
+            self._keep("policy", engine.bank, values, self._step_state.batch.mask())
         return generated
 
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
@@ -438,7 +452,7 @@ class MechRewardGRPOTrainer(GRPOTrainer):
             )
         mask = mask.to(input_ids.device)
         values = torch.zeros(*mask.shape, len(bank), device=input_ids.device)
-        values[mask] = reader.values()
+        values[mask] = reader.values().to(values.device)
         self._keep(reads, bank, values, mask)
         return result
 
@@ -466,8 +480,10 @@ class MechRewardGRPOTrainer(GRPOTrainer):
             yield
 
     def _keep(self, reads: str, bank: ReadoutBank, values: Tensor, mask: Tensor) -> None:
-        # The generation goes on feeding padding to rows that have ended: what was read there is not kept.
-        for readout, readings in bank.split(values * mask[..., None], mask).items():
+        # The generation goes on feeding padding to rows that have ended: what was read there is not kept. With
+        # `device_map`, the layer may have been on another card.
+        values, mask = values.to(self.accelerator.device), mask.to(self.accelerator.device)
+        for readout, readings in bank.split(values.masked_fill(~mask[..., None], 0.0), mask).items():
             self._step_state.read[Request(readout, reads)] = readings  # pyright: ignore[reportArgumentType]
 
     def readings(self, batch: RolloutBatch, requests: Sequence[Request]) -> Mapping[Request, Readings]:
@@ -487,6 +503,13 @@ class MechRewardGRPOTrainer(GRPOTrainer):
             self.hook_seconds += time.perf_counter() - began
         return read
 
+    def _check_reference(self, batch: RolloutBatch) -> None:
+        points = {p for (reads, _), bank in self._banks.items() if reads == "reference" for p in bank.hook_points}
+        if points:
+            began = time.perf_counter()
+            check_reference(self, batch, sorted(points))
+            self.hook_seconds += time.perf_counter() - began
+
     # -- rewards, guards, monitors -------------------------------------------------------------------------------------
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
@@ -500,7 +523,8 @@ class MechRewardGRPOTrainer(GRPOTrainer):
         batch = replace(step.batch, columns=columns)
         # All models are read here, in one pass each, before the first reward asks.
         wanted = [Request(r, *key) for key, bank in self._banks.items() for r in bank.readouts]  # pyright: ignore
-        with untouched_randomness():  # monitors may have a reference model loaded
+        with untouched_randomness():  # monitors may have a reference model read
+            self._check_reference(batch)
             readings = self.readings(batch, wanted)
         clean = batch.guarded(torch.ones(len(batch)), torch.zeros(len(batch), dtype=torch.bool), [[] for _ in prompts])
         began = time.perf_counter()
@@ -693,6 +717,8 @@ class MechRewardGRPOTrainer(GRPOTrainer):
                 "monitors": self._monitor_states(),
                 "ringing": self._ringing,
                 "beta": self.beta,
+                # How far apart policy and reference were before training; None where that is not known.
+                "reference_gap": None if self.mechreward_gap != self.mechreward_gap else self.mechreward_gap,
             }
             (folder / STATE_FILE).write_text(json.dumps(states))
 
@@ -727,6 +753,7 @@ class MechRewardGRPOTrainer(GRPOTrainer):
             except Exception as raised:
                 self._disable(monitor, raised)
         self._ringing = dict(states.get("ringing", {}))
+        self.mechreward_gap = states.get("reference_gap")
         if getattr(self.args, "kl_target", None) is not None:
             self.beta = states.get("beta", self.beta)
 
@@ -753,6 +780,33 @@ class _BetweenSteps(TrainerCallback):
 
 def _name(monitor: Reward | Monitor) -> str:
     return monitor.__name__ if isinstance(monitor, Reward) else monitor.name
+
+
+@contextmanager
+def _needing_a_path(model: Any, args: GRPOConfig, given: Sequence[Any]) -> Iterator[None]:
+    """TRL loads its reference from where the policy came from, if there is one.
+
+    Raises:
+        RewardError: There is none.
+    """
+    own = isinstance(model, str) or hasattr(model, "peft_config") or any(hasattr(each, "peft_type") for each in given)
+    if args.beta == 0 or own:
+        yield
+        return
+    path, so = model.config._name_or_path, "save the policy (save_pretrained) and give the trainer that folder"
+    if not path:
+        raise RewardError(
+            f"The policy has no path from which TRL could load its reference model: {so}, or set beta=0, with which "
+            "MechRewardGRPOTrainer copies the policy where it is read."
+        )
+    try:
+        yield
+    except OSError as error:
+        said = " ".join(str(error).split()).split(". ")[0][:200]
+        raise RewardError(
+            f'TRL cannot load its reference model from "{path}", where the policy came from ({said}): {so}, or set '
+            "beta=0."
+        ) from error
 
 
 def _requests_of(parts: Sequence[Any]) -> list[Request]:

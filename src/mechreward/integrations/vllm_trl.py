@@ -19,7 +19,6 @@ from torch import Tensor
 from mechreward.errors import ConfigError, ServiceError
 from mechreward.readout import Readout, ReadoutBank
 from mechreward.rollout.batch import RolloutBatch
-from mechreward.rollout.capture import text_config
 from mechreward.rollout.vllm import anatomy, check_anatomy, choose_backend, prefill, reading_options
 from mechreward.rollout.wire import match, receive_fed, send_bank
 
@@ -80,13 +79,6 @@ class TRLEngine:
         """
         self._trainer = trainer
         self.bank = ReadoutBank([r for r in bank.readouts if r.summary is None], bank.apart)
-        config = text_config(trainer.accelerator.unwrap_model(trainer.model))
-        if getattr(config, "attn_logit_softcapping", None) is not None and config._attn_implementation == "sdpa":
-            logger.warning(
-                "vLLM caps the attention logits of this model and Hugging Face's SDPA does not, so that the rollouts "
-                "come from a slightly other model than the one that is trained: load it with "
-                'attn_implementation="eager".'
-            )
         if trainer.vllm_mode == "server":
             self._ask_server()
         elif self.backend != "forward":

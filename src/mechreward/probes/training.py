@@ -461,7 +461,7 @@ class _Tokens(NamedTuple):
 
 
 def _read_tokens(model: Any, data: Labelled, point: HookPoint, tell: Tell = silent) -> _Tokens:
-    """The residual vectors at one layer, on the model's device."""
+    """The residual vectors at one layer, on the model's device where that has float64."""
     vectors, counts, means, lasts = [], [], [], []
     stream = residual(point, text_config(model).hidden_size)
     for _, (readings,) in read_in_pieces(model, data.batch, [stream], tell):
@@ -470,6 +470,8 @@ def _read_tokens(model: Any, data: Labelled, point: HookPoint, tell: Tell = sile
         means.append(over_tokens(readings, aggregation("mean")))
         lasts.append(over_tokens(readings, aggregation("last")))
     x, lengths = torch.cat(vectors), torch.cat(counts)
+    if x.device.type == "mps":  # which has no float64
+        x, lengths = x.cpu(), lengths.cpu()
     _check_finite(bool(x.isfinite().all()), point.layer)
     if x.numel() <= MAX_NUMBERS >> 4:
         x = x.double()  # once, and not at each step

@@ -33,7 +33,7 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
-def _transformer(model: nn.Module) -> nn.Module:
+def transformer(model: nn.Module) -> nn.Module:
     """The HF model under FSDP1 and PEFT. (FSDP2 wraps nothing: it changes the class.)"""
     model = unwrap(model)
     model = getattr(model, "_fsdp_wrapped_module", model)
@@ -57,7 +57,7 @@ def text_config(model: nn.Module):
     Raises:
         CaptureError: The model is not one of Hugging Face's.
     """
-    config = getattr(_transformer(model), "config", None)
+    config = getattr(transformer(model), "config", None)
     if config is None or not hasattr(config, "get_text_config"):
         raise CaptureError(f"{type(model).__name__} has no Hugging Face config, so its decoder layers can't be found.")
     return config.get_text_config()
@@ -69,7 +69,7 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     Raises:
         CaptureError: There is none, or several.
     """
-    inner = _transformer(model)
+    inner = transformer(model)
     count = text_config(model).num_hidden_layers
     # A vision tower may have as many layers as the decoder: look inside the text model only.
     decoder = inner.get_decoder() if hasattr(inner, "get_decoder") else inner  # pyright: ignore
@@ -82,11 +82,45 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     return found[0]
 
 
+def input_device(model: nn.Module) -> torch.device:
+    """Where the inputs of a model go, one that ``device_map`` has spread over several devices too.
+
+    Weights that accelerate keeps in the CPU's memory or on disk are ``meta`` until they run, and accelerate's hooks
+    move the inputs to them.
+    """
+    return next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
+
+
+def leaves_out_softcap(model: nn.Module) -> bool:
+    """Whether the model caps its attention logits (Gemma-2) and its attention implementation does not.
+
+    Eager, flex and flash attention cap them, SDPA cannot: transformers 5.17, whose default it is, leaves the cap out
+    without a word (20 % of the residual's norm where logits are large); 5.23 defaults to eager and refuses the pass.
+    """
+    config = text_config(model)
+    capped = getattr(config, "attn_logit_softcapping", None) is not None
+    return capped and "sdpa" in (config._attn_implementation or "")
+
+
+def refuse_uncapped(model: nn.Module) -> None:
+    """Refuse a model whose attention leaves its soft-capping out.
+
+    Raises:
+        ModelMismatchError: It does.
+    """
+    if leaves_out_softcap(model):
+        raise ModelMismatchError(
+            f"{type(transformer(model)).__name__} caps its attention logits, which attn_implementation="
+            f'"{text_config(model)._attn_implementation}" leaves out, so that all readings would be off: load it with '
+            'attn_implementation="eager", "flash_attention_2" or "flex_attention" (in a trainer: model_init_kwargs).'
+        )
+
+
 def has_absolute_positions(model: nn.Module) -> bool:
     """Whether positions are looked up in a table (GPT-2, OPT): such models misread left-padded rows in TRL."""
     return any(
         isinstance(module, nn.Embedding) and ("wpe" in name or "position" in name)
-        for name, module in _transformer(model).named_modules()
+        for name, module in transformer(model).named_modules()
     )
 
 
@@ -109,7 +143,7 @@ def check_fits(readouts: Iterable[Readout], model: nn.Module) -> None:
     """
     _check_no_virtual_tokens(model)
     config, layers = text_config(model), len(decoder_layers(model))
-    whole: Any = _transformer(model).config
+    whole: Any = transformer(model).config
     for readout in readouts:
         made_for = f" (made for {readout.model_name})" if readout.model_name else ""
         if readout.d_model != config.hidden_size:
@@ -200,6 +234,7 @@ class ResidualTap:
         self._wanted: set[HookPoint] = set()
         self._fired: set[HookPoint] = set()
         layers = decoder_layers(model)
+        refuse_uncapped(model)  # here, since all that is read passes through here
         self._handles = [self._install(layers[point.layer], point) for point in self.points]
 
     def _install(self, layer: nn.Module, point: HookPoint):
@@ -324,19 +359,21 @@ class GenerationReader:
         self._steps[point].append(values)
 
     def values(self, rows: int, width: int) -> Tensor:
-        """``[rows, width, K]`` float32 for the completion tokens; those never fed back are 0.
+        """``[rows, width, K]`` float32 for the completion tokens, on the model's device; those never fed back are 0.
 
         Raises:
-            CaptureError: The decoding steps are not one fewer than the longest completion's tokens.
+            CaptureError: The decoding steps are neither one fewer than the longest completion's tokens nor as many.
         """
-        total = torch.zeros(rows, width, len(self.bank))
+        fed, total = max(width - 1, 0), None
         for point, steps in self._steps.items():
-            if len(steps) != max(width - 1, 0):
+            # Where transformers looks a step late whether all rows have ended (`DeferredStopCheck`: on mps), it feeds
+            # back the last token too, and undoes that step.
+            if len(steps) not in (fed, width):
                 raise CaptureError(f"{point} saw {len(steps)} decoding steps for completions of up to {width} tokens.")
-            if steps:
-                total = total.to(steps[0].device)
-                total[:, :-1] += torch.stack(steps, dim=1)  # columns of other hook points are 0
-        return total
+            if fed:
+                total = steps[0].new_zeros(rows, width, len(self.bank)) if total is None else total
+                total[:, :-1] += torch.stack(steps[:fed], dim=1).to(total.device)  # other points' columns are 0
+        return torch.zeros(rows, width, len(self.bank)) if total is None else total
 
 
 @contextmanager
@@ -361,7 +398,7 @@ def truncated_forward(model: nn.Module, tap: ResidualTap, reader: Reader, inputs
     inner, whole = unwrap(model), is_sharded(model)
     if whole:
         inputs = {**inputs, **_one_logit(inner)}
-        _say_whole(type(_transformer(model)).__name__)
+        _say_whole(type(transformer(model)).__name__)
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(evaluating(inner))
@@ -387,7 +424,7 @@ def _reshard(model: nn.Module) -> None:
 
 def _one_logit(model: nn.Module) -> dict[str, int]:
     """For those heads that can be told so: only the last token's logits."""
-    takes = inspect.signature(type(_transformer(model)).forward).parameters
+    takes = inspect.signature(type(transformer(model)).forward).parameters
     return {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
 
 

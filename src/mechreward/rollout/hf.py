@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import importlib.metadata
+import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,9 @@ from mechreward.rollout.capture import (
     ResidualTap,
     SequenceReader,
     check_fits,
+    input_device,
     is_sharded,
+    leaves_out_softcap,
     truncated_forward,
     unwrap,
 )
@@ -68,7 +71,7 @@ def read_forward(
     Raises:
         CaptureError: The model's layout is not supported.
     """
-    device = next(model.parameters()).device
+    device = input_device(model)
     mask = batch.mask(read_last)
     values = torch.zeros(*mask.shape, len(bank), device=device)
     rows = [list(p) + list(c) for p, c in zip(batch.prompt_ids, batch.completion_ids, strict=True)]
@@ -283,12 +286,12 @@ def _ends(model: Any, tokenizer: Any, chosen: int | Sequence[int] | None) -> lis
     return [token for token in (tokenizer.eos_token_id, *others) if token is not None]
 
 
-def load_model(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
-    """A causal language model in eval mode, on the GPU if there is one, and its tokenizer.
+def load_model(name: str, dtype: torch.dtype | str = "auto") -> tuple[Any, Any]:
+    """A causal language model in eval mode, on this process's GPU if there is one, and its tokenizer.
 
     Args:
         name: A folder, an id of the Hugging Face hub, or ``mechreward/pocket``.
-        dtype: Of its weights.
+        dtype: Of its weights; ``"auto"`` is the one that they are stored in.
 
     Raises:
         ConfigError: It cannot be had.
@@ -305,7 +308,25 @@ def load_model(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]
             f"The model {name} cannot be loaded ({type(error).__name__}: {said[:200]}): give a folder, an id of the "
             f"hub, or {pocket.MODEL_ID}."
         ) from error
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
+    if leaves_out_softcap(model):
+        model.set_attn_implementation("eager")
+    return model.to(_own_device()).eval(), tokenizer
+
+
+def _own_device() -> torch.device:
+    """This process's GPU, where a launcher has started one process for each; else the first; else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    # A launcher that shows each process a GPU of its own counts LOCAL_RANK all the same.
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+
+
+def keeping_softcap(name: str) -> dict[str, str]:
+    """Options of `from_pretrained` under which a model's attention logits are capped where they should be (Gemma-2)."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(pocket.resolve(name)).get_text_config()
+    return {} if getattr(config, "attn_logit_softcapping", None) is None else {"attn_implementation": "eager"}
 
 
 def parse_dtype(name: str) -> torch.dtype:

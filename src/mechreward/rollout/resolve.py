@@ -6,24 +6,30 @@ TRL passes reward functions bound methods of the trainer (``log_metric``, ``log_
 
 from __future__ import annotations
 
+import copy
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from mechreward.errors import RewardError
-from mechreward.readout import Readings, Readout, ReadoutBank, Request
+from mechreward.readout import HookPoint, Readings, Readout, ReadoutBank, Request, residual
 from mechreward.rollout.batch import Call, RolloutBatch, holds_others_turns, own_text
-from mechreward.rollout.capture import check_fits, unwrap
+from mechreward.rollout.capture import check_fits, is_sharded, text_config, transformer, unwrap
 from mechreward.rollout.hf import group_requests, read_forward, refuse_dense
 
 if TYPE_CHECKING:
     from mechreward.reward.base import Reward, Scores, Source
 
 logger = logging.getLogger(__name__)
+
+COMPARED = 8
+"""Rollouts of each process on which the policy and its reference are compared before training."""
 
 
 def resolve_source(source: Source | None, log_metric: Callable | None, needs_model: bool) -> Source:
@@ -98,7 +104,14 @@ class TrainerSource:
         return describe(trainer, call, prompt_ids)
 
     def read(self, batch: RolloutBatch, requests: Sequence[Request]) -> dict[Request, Readings]:
-        """One truncated forward for each model that is read."""
+        """One truncated forward for each model that is read.
+
+        Raises:
+            RewardError: The reference is not the model that training started from.
+        """
+        points = sorted({r.readout.hook_point for r in requests if r.reads == "reference"})
+        if points:
+            check_reference(self.trainer, batch, points)
         return {
             Request(readout, reads, read_last): readings  # pyright: ignore
             for (reads, read_last), bank in group_requests(requests).items()
@@ -128,12 +141,19 @@ def describe(
         tool_mask=tool_mask,
         training=training,
         progress=min(1.0, state.global_step / state.max_steps) if state.max_steps else 0.0,
-        gather=lambda rows: trainer.accelerator.gather(rows.to(trainer.accelerator.device)).to(rows.device),
+        gather=lambda rows: _gathered(trainer.accelerator, rows),
         process_index=trainer.accelerator.process_index,
     )
     # TRL decodes all that a rollout_func returns, its environment's tokens too; of tools it keeps the messages apart.
     masked = tool_mask is not None and getattr(trainer, "rollout_func", None) is not None
     return batch.decoded(trainer.processing_class) if masked else batch
+
+
+def _gathered(accelerator: Any, rows: Tensor) -> Tensor:
+    """The rows of all processes; one process moves nothing, since Apple's GPU could not take float64."""
+    if accelerator.num_processes == 1:
+        return rows
+    return accelerator.gather(rows.to(accelerator.device)).to(rows.device)
 
 
 def read_with_trainer(
@@ -150,38 +170,155 @@ def read_with_trainer(
         return read_forward(model, batch, bank, read_last, autocast)
 
 
+# -- the reference -----------------------------------------------------------------------------------------------------
+
+
 @contextmanager
 def reference_model(trainer: Any) -> Iterator[nn.Module]:
-    """The frozen model that training started from: TRL's own, the policy without its adapter, or a frozen copy.
+    """The frozen model that training started from: a copy of ours, TRL's own, or the policy without its adapter.
 
     Raises:
-        RewardError: ``sync_ref_model`` moves the reference, or DeepSpeed leaves no way to copy it.
+        RewardError: ``sync_ref_model`` moves the reference, or it is too late to copy it.
     """
     if trainer.args.sync_ref_model:
         raise RewardError('reads="reference" needs a frozen reference: set sync_ref_model=False.')
     policy = trainer.accelerator.unwrap_model(trainer.model)
-    if trainer.ref_model is not None:
+    if getattr(trainer, "mechreward_reference", None) is None and not _trl_has_one(trainer):
+        if trainer.state.global_step > 0:
+            raise RewardError(
+                'reads="reference" with beta=0 needs a copy of the policy as it starts, and this training is under '
+                "way: use MechRewardGRPOTrainer, which copies it when it is made, or set beta > 0."
+            )
+        keep_start(trainer)
+    if getattr(trainer, "mechreward_reference", None) is not None:
+        yield trainer.mechreward_reference
+    elif trainer.ref_model is not None:
         yield unwrap(trainer.ref_model)
-    elif hasattr(policy, "peft_config"):
+    else:
         from trl.trainer.utils import use_adapter
 
         with use_adapter(policy, adapter_name="ref" if "ref" in policy.peft_config else None):
             yield unwrap(trainer.model)
-    else:
-        yield frozen_copy(trainer, policy)
 
 
-def frozen_copy(trainer: Any, policy: Any) -> nn.Module:
-    """The starting model, loaded once from where the policy came from, whole, and kept on the trainer.
+def _trl_has_one(trainer: Any) -> bool:
+    """A model of its own where ``beta > 0``, or an adapter to switch off."""
+    from accelerate.utils import is_peft_model  # where there is a trainer, there is accelerate
+
+    return trainer.ref_model is not None or is_peft_model(trainer.accelerator.unwrap_model(trainer.model))
+
+
+def keep_start(trainer: Any) -> None:
+    """Copy the policy, adapter included, before anything is trained, and keep the copy on the trainer.
+
+    What is loaded again by its name may be another model: other weights after training or merging in the same script,
+    other options of loading, or none at all for a model without a path.
 
     Raises:
-        RewardError: Under ZeRO-3, where a model that is loaded is sharded, and nobody gathers it again.
+        RewardError: Each process holds a part of the policy.
     """
-    if getattr(trainer, "mechreward_reference", None) is None:
-        if any(hasattr(parameter, "ds_id") for parameter in policy.parameters()):
-            raise RewardError('reads="reference" under DeepSpeed ZeRO-3 needs TRL\'s own reference model: set beta.')
-        origin = policy.config._name_or_path
-        logger.warning('beta=0 keeps no reference model: loading a frozen copy of %s for reads="reference".', origin)
-        copy = type(policy).from_pretrained(origin, dtype=policy.dtype).to(trainer.accelerator.device)
-        trainer.mechreward_reference = copy.eval().requires_grad_(False)
-    return trainer.mechreward_reference
+    policy = unwrap(trainer.accelerator.unwrap_model(trainer.model))
+    if is_sharded(policy):
+        raise RewardError(
+            'reads="reference" with beta=0 needs a copy of the policy, of which each process holds a part: set '
+            "beta > 0, for which TRL loads a reference, or under FSDP use MechRewardGRPOTrainer, which copies it whole."
+        )
+    logger.warning('beta=0 keeps no reference model: copying the policy as it starts for reads="reference".')
+    kept: Any = copy.deepcopy(policy)
+    for model in (kept, transformer(kept)):
+        vars(model).pop("forward", None)  # TRL's and accelerate's wrappers would go on calling the policy
+    if not hasattr(kept, "hf_device_map"):
+        kept.to(trainer.accelerator.device)
+    if trainer.is_fsdp_enabled and trainer.accelerator.num_processes > 1:
+        # fsdp_cpu_ram_efficient_loading leaves all processes but the first without weights.
+        for tensor in [*kept.parameters(), *kept.buffers()]:
+            torch.distributed.broadcast(tensor.data, src=0)
+    trainer.mechreward_reference = kept.eval().requires_grad_(False)
+
+
+def refuse_other_vocabulary(policy: nn.Module, reference: nn.Module) -> None:
+    """Refuse a reference that lacks tokens which the policy may write.
+
+    Raises:
+        RewardError: Tokens were added to the policy after it was loaded.
+    """
+    ours, theirs = (text_config(model).vocab_size for model in (policy, reference))
+    if ours != theirs:
+        raise RewardError(
+            f"The policy has {ours} tokens and TRL's reference model, which is loaded anew, has {theirs}: save the "
+            "policy and its tokenizer with the added tokens (save_pretrained) and give the trainer that folder, or set "
+            "beta=0, with which MechRewardGRPOTrainer copies the policy."
+        )
+
+
+def check_reference(trainer: Any, batch: RolloutBatch, points: Sequence[HookPoint]) -> None:
+    """Before anything is trained, once: the policy and its reference must be the same model.
+
+    Both run forwards of ours on the first rollouts, on the same tokens in the same shape, so that the same weights give
+    the same numbers but for rounding. The measure is ||x - x'|| / ||x'|| of the residual streams, over all tokens of a
+    hook point, the largest of all points and processes. It is kept on the trainer as ``mechreward_gap``.
+
+    Raises:
+        RewardError: They differ by more than rounding explains.
+    """
+    if getattr(trainer, "mechreward_gap", None) is not None:
+        return
+    if trainer.state.global_step > 0:
+        trainer.mechreward_gap = math.nan
+        logger.warning(
+            'This training is under way, so that the model of reads="reference" could not be compared with the one '
+            "that it started from."
+        )
+        return
+    policy = unwrap(trainer.model)
+    few = batch.take(range(min(len(batch), COMPARED)))
+    if {"image", "images"} & set(few.columns):  # the tokens of the completions alone compare the weights as well
+        few = replace(few, prompt_ids=[[]] * len(few))
+    bank = ReadoutBank([residual(point, text_config(policy).hidden_size) for point in points])
+    with reference_model(trainer) as reference:
+        refuse_other_vocabulary(policy, reference)
+        tolerance = _rounding(trainer.accelerator.mixed_precision, policy, reference)
+        theirs = read_forward(reference, few, bank, True, trainer.accelerator.autocast)
+    ours = read_forward(policy, few, bank, True, trainer.accelerator.autocast)
+    own = torch.tensor([max(_apart(ours[r], theirs[r]) for r in bank.readouts)])
+    gap = float(batch.gather(own).max())
+    if not gap <= tolerance:  # NaN too
+        raise RewardError(
+            'reads="reference" would read another model than the one that training starts from: on the first rollouts '
+            f"their residual streams differ by {gap:.2%} ({tolerance:.2%} is rounding), {_why(trainer)}."
+        )
+    trainer.mechreward_gap = gap
+
+
+def _apart(ours: Readings, theirs: Readings) -> float:
+    """||x - x'|| / ||x'|| over all tokens that are read."""
+    x, other = (each.values.masked_fill(~each.mask[..., None], 0.0).cpu() for each in (ours, theirs))
+    return float((x - other).norm() / other.norm().clamp(min=torch.finfo(torch.float32).tiny))
+
+
+def _rounding(mixed_precision: str, policy: nn.Module, reference: nn.Module) -> float:
+    """How far the same weights may lie apart.
+
+    In float32, 1e-4. In lower precision one rounding of bfloat16 (2^-8), since the same kernels run on the same shapes;
+    3 % where they do not: one model is sharded and the other is not, or their dtypes differ.
+    """
+    dtypes = [{p.dtype for p in model.parameters()} for model in (policy, reference)]
+    if mixed_precision not in ("bf16", "fp16", "fp8") and dtypes[0] | dtypes[1] <= {torch.float32, torch.float64}:
+        return 1e-4
+    return 2**-8 if dtypes[0] == dtypes[1] and is_sharded(policy) == is_sharded(reference) else 0.03
+
+
+def _why(trainer: Any) -> str:
+    """What is likely, and what to do."""
+    if getattr(trainer, "mechreward_reference", None) is not None:
+        return "although one is a copy of the other: its forward pass is not deterministic in eval mode"
+    if trainer.ref_model is not None:
+        return (
+            f'since TRL has loaded its reference from "{trainer.model.config._name_or_path}" with model_init_kwargs, '
+            "and the policy was trained, merged or loaded otherwise: save the policy (save_pretrained) and give the "
+            "trainer that folder, or set beta=0, with which MechRewardGRPOTrainer copies the policy"
+        )
+    return (
+        "since the adapter, which is switched off for it, was trained before or does not start at zero: give "
+        "MechRewardGRPOTrainer the PeftModel itself (get_peft_model), without a peft_config"
+    )

@@ -271,8 +271,6 @@ class VLLMRollout:
         if self._copy is None:
             logger.warning("backend='forward': loading a second copy of %s to read it.", self.model)
             self._copy, _ = load_model(self.model)
-            if getattr(self._copy.config.get_text_config(), "attn_logit_softcapping", None) is not None:
-                self._copy.set_attn_implementation("eager")  # Hugging Face's SDPA leaves it out, and vLLM does not
         return self._copy
 
     def load_weights(self, folder: str | Path) -> None:
@@ -311,4 +309,4 @@ def prefill(llm: Any, batch: RolloutBatch, columns: int, read_last: bool = False
     for k, row in enumerate(rows):
         start = len(batch.prompt_ids[row])
         values[row, : ends[row]] = read[k, start : start + ends[row]]
-    return values * mask[..., None]
+    return values.masked_fill(~mask[..., None], 0.0)

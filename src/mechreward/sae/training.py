@@ -23,7 +23,15 @@ from torch import Tensor, nn
 
 from mechreward.errors import ConfigError, DataError, ModelMismatchError, SAEError
 from mechreward.readout import CHUNK_TOKENS, HookPoint, ReadoutBank
-from mechreward.rollout.capture import ResidualTap, decoder_layers, evaluating, text_config, truncated_forward
+from mechreward.rollout.capture import (
+    ResidualTap,
+    decoder_layers,
+    evaluating,
+    input_device,
+    refuse_uncapped,
+    text_config,
+    truncated_forward,
+)
 from mechreward.rollout.hf import MAX_TOKENS
 from mechreward.sae.handle import SAEHandle
 
@@ -172,7 +180,7 @@ def residual_vectors(model: nn.Module, point: HookPoint, rows: Sequence[Sequence
     Raises:
         CaptureError: The model's layout is not supported.
     """
-    device = next(model.parameters()).device
+    device = input_device(model)
     starts = [0, *itertools.accumulate(len(row) - 1 for row in rows)]
     vectors: Tensor | None = None
     tap = ResidualTap(model, [point])
@@ -318,7 +326,8 @@ def sae_figures(
         raise SAEError(f"{sae.name} reads {sae.hook_point}: only SAEs of a layer's output can be evaluated.")
     if not any(len(row) > 1 for row in rows):
         raise DataError("There is no held-out text of two tokens or more: nothing can be evaluated.")
-    device = next(model.parameters()).device
+    refuse_uncapped(model)
+    device = input_device(model)
     w_dec, b_dec = (tensor.to(device) for tensor in sae.read_decoder())
     sae = replace(sae, read_decoder=lambda: (w_dec, b_dec))  # else it is read from disk for each batch
     bank = ReadoutBank([sae.all_features()])
@@ -328,8 +337,8 @@ def sae_figures(
         bank.encode(sae.hook_point, x, activations)
         return activations
 
-    # Sums in float64, since the variance is a difference of large numbers.
-    sums = torch.zeros(sae.d_model, dtype=torch.float64, device=device)
+    # Sums in float64, since the variance is a difference of large numbers; on the CPU, since Apple's GPU has none.
+    sums = torch.zeros(sae.d_model, dtype=torch.float64)
     squares = missed = active = tokens = 0.0
 
     def reconstructed(hidden: Tensor, real: Tensor) -> Tensor:
@@ -340,9 +349,10 @@ def sae_figures(
             activations = encode(x)
             decoded = sae.decode(activations, x)
             result[part[:, 0], part[:, 1]] = decoded.to(hidden.dtype)
-            sums.add_(x.double().sum(dim=0))
-            squares += float(x.double().square().sum())
-            missed += float((x - decoded).double().square().sum())
+            exact = x.cpu().double()
+            sums.add_(exact.sum(dim=0))
+            squares += float(exact.square().sum())
+            missed += float((x - decoded).cpu().double().square().sum())
             active += float((activations > 0).sum())
             tokens += len(x)
         return result

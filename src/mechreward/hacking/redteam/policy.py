@@ -282,7 +282,10 @@ def _trainer(
             lr_scheduler_type="constant",
             beta=0.0,
             repetition_guard=False,
-            model_init_kwargs={"dtype": trained},
+            model_init_kwargs={
+                "dtype": trained,
+                "attn_implementation": target.model.config.get_text_config()._attn_implementation,
+            },
             bf16=target.model.dtype == torch.bfloat16,
             use_cpu=not torch.cuda.is_available(),
             logging_strategy="no",

@@ -150,7 +150,7 @@ class Target:
     def raw(self, batch: RolloutBatch, readings: Mapping[Request, Readings]) -> Floats:
         """The raw rewards from readings that are there already, ``[B]``."""
         scores = self.reward.score(replace(batch, trust=None, dropped=None, flags=None), readings)
-        return scores.parts.get("raw", scores.values).double().cpu().numpy()
+        return scores.parts.get("raw", scores.values).cpu().double().numpy()
 
     def right(self, batch: RolloutBatch) -> Floats:
         """The verifier's verdicts, ``[n]``; NaN where it cannot say."""
@@ -175,7 +175,7 @@ class Target:
         flags = {name: np.zeros(len(batch), dtype=bool) for name in self.detectors}
         for guard in self.guards:
             verdict = guard(batch, readings)
-            trust = np.minimum(trust, verdict.trust.double().cpu().numpy())
+            trust = np.minimum(trust, verdict.trust.cpu().double().numpy())
             dropped |= verdict.dropped.cpu().numpy()
             for row, said in enumerate(verdict.flags):
                 for name in {flag.split(":")[0] for flag in said}:
@@ -231,7 +231,7 @@ def suspicion(
     if hasattr(guard, "scores") and hasattr(guard, "thresholds"):
         scores = guard.scores(batch, readings)  # pyright: ignore
         return {
-            name: (scores[name].double().cpu().numpy(), float(threshold))
+            name: (scores[name].cpu().double().numpy(), float(threshold))
             for name, threshold in guard.thresholds.items()  # pyright: ignore
             if name in scores
         }
