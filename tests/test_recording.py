@@ -106,7 +106,7 @@ def test_rewards_verdicts_and_flags(trained):
     for record in trace:
         text = "".join(record["tokens"]).replace("<eos>", "")
         row = questions[record["prompt"]]
-        assert record["gold"] == row["solution"]  # the first of the columns that may hold it
+        assert record["gold"] == row["answer"]  # the first of the columns that may hold it
         assert record["right"] is (mr.verifiers.math_boxed([text], [row["solution"]])[0] is True)
         second = record["row"] % 4 == 1
         assert record["flags"] == (["second: it <b>is</b> the second"] if second else [])

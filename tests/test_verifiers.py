@@ -7,7 +7,10 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from decimal import ROUND_HALF_DOWN, ROUND_HALF_UP, Decimal, localcontext
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -423,6 +426,274 @@ def test_a_worker_that_cannot_start_says_so(tmp_path):
         tmp_path,
     )
     assert "did not start (failed: ImportError: broken on purpose)" in done.stdout and done.stderr == ""
+
+
+# Numbers: equal means equal
+
+
+NUMBERS = [  # gold, answer, verdict
+    (r"\frac{2^{100}-1}{2^{100}}", r"\frac{1}{2^{100}}", False),
+    (r"\frac{\pi}{2^{100}}", r"\frac{2\pi}{2^{100}}", False),
+    (r"\frac{\pi}{2^{100}}", r"\frac{2\pi}{2^{101}}", True),
+    ("0", "10^{-30}", False),
+    ("0", r"\pi\cdot 10^{-30}", False),
+    (r"\sqrt{2}+\sqrt{3}-\sqrt{5+2\sqrt{6}}", "0", True),
+    (r"\sqrt{2}+\sqrt{3}", r"\sqrt{5+2\sqrt{6}}", True),
+    ("1/3", "0.333333", True),
+    ("0.333333", "1/3", True),
+    ("1/3", "0.333334", False),
+    ("1/3", "0.3333", False),
+    ("1/3", "0.33333", False),
+    ("100/3", "33.3333", True),
+    (r"\frac{1}{3000000}", r"3.33333\times 10^{-7}", True),
+    (r"\frac{1}{3000000}", "0.0000003", False),
+    (r"\sqrt{2}", "1.41421", True),
+    (r"\sqrt{2}", "1.41422", False),
+    (r"\sqrt{2}", "1.414", False),
+    (r"\sqrt{3}", "1.732051", True),
+    (r"\sqrt{3}", "1.732050", False),
+    (r"\{10^{-20},1\}", r"\{2\cdot10^{-20},1\}", False),
+    (r"\{10^{-20},1\}", r"\{1,\frac{1}{10^{20}}\}", True),
+    ("(0,10^{-20})", r"(0,2\cdot 10^{-20})", False),
+    ("[0,10^{-20}]", "[0,0.00000000000000000001]", True),
+    (r"\begin{pmatrix}10^{-20}&1\end{pmatrix}", r"\begin{pmatrix}3\cdot10^{-20}&1\end{pmatrix}", False),
+    (r"\begin{pmatrix}10^{-20}&1\end{pmatrix}", r"\begin{pmatrix}\frac{1}{10^{20}}&1\end{pmatrix}", True),
+    ("x=10^{-20}", r"2\cdot 10^{-20}", False),
+    ("x=10^{-20}", "10^{-20}", True),
+    ("x=5", "y=5", False),
+    (r"3\pm 1", "2,4", True),
+    ("6", "2(3)", True),  # math-verify adds: 2(3) is not the mixed number 2 3/3
+    ("5", "2(3)", False),
+    (r"-\frac{3}{2}", r"-1\frac12", True),
+    ("3/2", "1 1/2", True),
+    ("3", "1 2", False),
+    ("3", r"1\,2", False),
+    ("1 2", "3", None),
+    ("e-5", "e-5", True),
+    ("0.00001", "e-5", False),
+    ("1e-5", "e-5", False),
+    ("1e-5", r"\frac{1}{100000}", True),
+    ("1e-05", "0.00001", True),
+    ("5000", "5e3", True),
+    ("5000", "5E+3", True),
+    ("0.0000025", "2.5e-6", True),
+    ("0.2", "2e-1", True),
+    ("2e - 1", "2e-1", True),  # or twice Euler's number, less one
+    ("2e - 1", "0.2", False),
+    ("7", "1e999999999", False),
+    ("7", "10^{999999999}", False),
+    ("1e400", r"10^{400}", True),
+]
+
+NOTATION = [
+    ("-3", "\u22123", True),
+    ("-3", "\u20133", True),
+    ("3", "\u22123", False),
+    ("30", "30\u00b0", True),
+    ("30", "30 \u00b0C", True),
+    (r"\sqrt{2}", "\u221a2", True),
+    (r"\sqrt{5}", "\u221a(5)", True),
+    (r"2\sqrt{5}", "2\u221a{5}", True),
+    ("2", "\u00b3\u221a8", True),
+    ("2", "\u221b8", True),
+    (r"\frac{1}{2}", "\u00bd", True),
+    ("1.5", "1\u00bd", True),
+    ("-1.5", "\u22121 \u00bd", True),
+    ("2/3", "\u2154", True),
+    ("1/2", "1\u20442", True),
+    ("x^2", "x\u00b2", True),
+    ("0.00001", "10\u207b\u2075", True),
+    ("15", "5\u00d73", True),
+    ("15", "5\u00b73", True),
+    ("2", "6\u00f73", True),
+    (r"\infty", "\u221e", True),
+    ("12", "\uff11\uff12", True),
+    ("12345", "12\u202f345", True),
+    ("12345", "12\u2009345", True),
+    ("12345", "12\u00a0345", True),
+    ("12345", r"12\,345", True),
+    ("12345", r"12\ 345", True),
+    ("12345", "12~345", True),
+    ("12345", "12{,}345", True),
+    ("12345", "12 345", True),
+    ("1234567.5", r"1\,234\,567.5", True),
+    ("357", r"12\,345", False),  # math-verify's sum
+    ("3.141592", r"3.141\,592", True),
+    ("5", r"5\text{ million}", False),
+    ("5000000", r"5\text{ million}", True),
+    ("5000000", r"5\text{ million dollars}", True),
+    ("5000000", r"\$5 million", True),
+    ("2500000", "2.5 million", True),
+    ("2,5 million", "5", False),
+    ("5 million", "5,000,000", True),
+    ("3", r"3\text{ thousand}", False),
+    ("300000", "3 hundred thousand", True),
+    ("24", r"2\text{ dozen}", True),
+    ("12", r"\text{a dozen}", True),
+    ("5000000", "five million", True),
+    ("500000", r"\frac{1}{2}\text{ million}", True),
+    ("1500000", r"1\frac{1}{2} million", True),
+    ("500000", "1/2 million", True),
+    ("0.03", r"3\text{ hundredths}", True),
+    ("3", r"3\text{ hundredths}", False),
+    ("5", r"5\text{ (in millions)}", None),
+    (r"5\text{ (in millions)}", "5", None),
+    ("5", "5\u2460", None),
+    ("5", r"5\text{ cm}", True),
+    ("thousands", r"\text{thousands}", True),
+    ("thousands", r"\text{hundreds}", False),
+]
+
+SENTENCES = [
+    ("-3", "So x is \u22123.", True),
+    ("-3", "So x is \u20133.", True),
+    ("3", "Answer: \u22123", False),
+    ("5000000", "The population is 5 million.", True),
+    ("5", "The population is 5 million.", False),
+    ("5000000", "The answer is $5$ million.", True),
+    ("5000000", "It is five million people.", True),
+    ("12345", "So there are 12\u202f345 of them.", True),
+    ("12345", "The total is 12 345.", True),
+    ("1/2", "The answer is \u00bd.", True),
+    (r"\sqrt{2}", "The answer is \u221a2.", True),
+    ("5000", "The answer is 5e3.", True),
+    ("0.00001", "The answer is 1e-05.", True),
+    ("0.00001", "The answer is 10\u207b\u2075.", True),
+    ("30", "The angle is $30\u00b0$.", True),
+    ("15", "The answer is 5\u00d73.", True),
+]
+
+
+@pytest.mark.parametrize(("gold", "answer", "verdict"), [*NUMBERS, *NOTATION])
+def test_numbers_and_their_notation(gold, answer, verdict):
+    assert one(boxed(answer), boxed(gold)) is verdict
+    assert one(boxed(answer), gold) is verdict
+
+
+@pytest.mark.parametrize(("gold", "sentence", "verdict"), SENTENCES)
+def test_notation_in_sentences(gold, sentence, verdict):
+    assert one(sentence, gold) is verdict
+
+
+@pytest.mark.parametrize(
+    ("completion", "gold", "verdict"),
+    [
+        ("#### 5e3", "5000", True),
+        ("#### 0.00001", "1e-05", True),
+        ("#### 1e-05", "#### 0.00001", True),
+        ("#### 1e999999999", "1", False),
+        ("#### \u20135", "-5", True),
+        ("#### \u22125", "5", False),
+        ("#### 12\u202f345", "12345", True),
+        (r"#### 12\,345", "12345", True),
+        ("#### 5 million", "5000000", True),
+        ("#### 5 million", "5", False),
+        ("#### $5 million dollars", "#### 5,000,000", True),
+        ("#### 5 (in millions)", "5", None),
+        ("#### 5", "5 (in millions)", None),
+        ("#### \u00bd", "0.5", True),
+        ("#### 1/2", "1", False),
+        ("#### 2\u00d710\u00b3", "2000", True),
+        ("#### 2 \u00d7 x", "2", True),
+        ("#### 30\u00b0", "30", True),
+    ],
+)
+def test_gsm8k_reads_the_same_notation(completion, gold, verdict):
+    assert gsm8k([completion], [gold]) == [verdict]
+
+
+def spelt(number: Fraction, rng: random.Random) -> tuple[str, int | None]:
+    """A rational number in LaTeX, in one of several ways; and the places of the decimal, if it is one."""
+    a, b = number.numerator, number.denominator
+    way = rng.choice(["fraction", "unreduced", "slash", "sum", "product", "tenths", "mixed", "decimal", "scientific"])
+    k = rng.randrange(2, 10**6)
+    if way == "unreduced":
+        return rf"\frac{{{k * a}}}{{{k * b}}}", None
+    if way == "slash":
+        return f"{a}/{b}", None
+    if way == "sum":
+        rest = number - Fraction(k, 7)
+        return rf"\frac{{{k}}}{{7}}{'-' if rest < 0 else '+'}\frac{{{abs(rest.numerator)}}}{{{rest.denominator}}}", None
+    if way == "product":
+        return rf"{k}\cdot\frac{{{a}}}{{{k * b}}}", None
+    if way == "tenths":
+        return rf"\frac{{{a * 10**20}}}{{{b}}} \times 10^{{-20}}", None
+    if way == "mixed" and a > b > 1:
+        return rf"{a // b}\frac{{{a % b}}}{{{b}}}", None
+    places = next((n for n in range(80) if 10**n % b == 0), None)
+    if places is None or way not in ("decimal", "scientific"):
+        return rf"\frac{{{a}}}{{{b}}}", None
+    digits = f"{abs(a) * 10**places // b:0{places + 1}}"
+    sign = "-" if a < 0 else ""
+    if way == "decimal":
+        return sign + digits[: len(digits) - places] + ("." + digits[-places:] if places else ""), places or None
+    digits = digits.lstrip("0") or "0"
+    exponent = len(digits) - 1 - places
+    mantissa = sign + digits[0] + ("." + digits[1:] if digits[1:] else "")
+    return rf"{mantissa}\times 10^{{{exponent}}}", places if digits[1:] else None
+
+
+def rounds(number: Fraction, decimal: Fraction, places: int) -> bool:
+    """By the decimal module, not by ours."""
+    with localcontext(prec=300):
+        if len(f"{abs(decimal) * 10**places}".rstrip()) < 6:
+            return False
+        return any(
+            (Decimal(number.numerator) / number.denominator).quantize(Decimal(1).scaleb(-places), mode)
+            == Decimal(decimal.numerator) / decimal.denominator
+            for mode in (ROUND_HALF_UP, ROUND_HALF_DOWN)
+        )
+
+
+def number_pair(rng: random.Random) -> tuple[str, str, bool, str]:
+    """Gold, answer, whether they are the same number, and what kind of pair it is."""
+    denominator = rng.choice(
+        [2 ** rng.randrange(1, 150), 10 ** rng.randrange(60), rng.randrange(1, 10 ** rng.randrange(1, 61))]
+    )
+    size = 10 ** rng.randrange(1, 61)
+    gold = Fraction(rng.randrange(-size, size) or 1, denominator)
+    b = gold.denominator
+    near = [
+        gold + Fraction(1, b),
+        gold * Fraction(b + 1, b),
+        Fraction(gold.numerator, b + 1),
+        1 - gold,
+        -gold,
+        1 / gold,
+    ]
+    same = rng.random() < 0.5
+    answer = gold if same else rng.choice([*near, gold / 2**70, Fraction(rng.randrange(1, size), b)])
+    (first, places), (second, other_places) = spelt(gold, rng), spelt(answer, rng)
+    equal = gold == answer
+    if not equal and (places is None) != (other_places is None):
+        equal = rounds(answer, gold, places) if places else rounds(gold, answer, other_places or 0)
+    shape = rng.choice(["{}", "{}", "{}", r"{}\text{{ cm}}", r"\{{{},-12345678\}}", r"[{},\infty)"])
+    kind = ("equal" if equal else "different") + (" by our reader" if shape == "{}" else " by math-verify, checked")
+    return first if "cm" in shape else shape.format(first), shape.format(second), equal, kind
+
+
+def check_numbers(count: int, seed: int) -> Counter:
+    rng, counts, wrong = random.Random(seed), Counter(), []
+    pairs = [number_pair(rng) for _ in range(count)]
+    verdicts = math_boxed([boxed(answer) for _, answer, _, _ in pairs], [boxed(gold) for gold, _, _, _ in pairs])
+    for pair, verdict in zip(pairs, verdicts, strict=True):
+        counts[pair[3]] += 1
+        if verdict is not pair[2]:
+            wrong.append((*pair, verdict))
+    assert wrong == []
+    return counts
+
+
+def test_equal_numbers_are_equal_and_no_others():
+    assert len(check_numbers(150, seed=3)) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3_600)
+def test_equal_numbers_20_000(capsys):
+    counts = check_numbers(20_000, seed=4)
+    with capsys.disabled():
+        print("\npairs of numbers judged, all rightly:", dict(counts))
 
 
 # Fuzz

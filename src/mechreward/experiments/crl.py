@@ -48,6 +48,7 @@ from mechreward.rollout.hf import load_model, read_in_pieces, sample
 from mechreward.sae.handle import SAEHandle
 from mechreward.sae.registry import load_sae
 from mechreward.schema import Strict
+from mechreward.verifiers.golds import gold, golds, verdicts
 
 Rate = Annotated[float, Field(gt=0)]
 CHECKPOINT = "checkpoint.pt"
@@ -219,8 +220,9 @@ class Bench:
 
     def right(self, texts: Sequence[str], answers: Sequence[str]) -> Tensor:
         """1 for a right answer, 0 for any other, ``[n]``."""
-        verdicts = getattr(verifiers, self.config.verifier)(texts, answers)
-        return torch.tensor([float(verdict is True) for verdict in verdicts])
+        verifier = getattr(verifiers, self.config.verifier)
+        said = verdicts(verifier, texts, golds(verifier, answers, "answer"))
+        return torch.tensor([float(verdict is True) for verdict in said])
 
     def kept(self, what: str, decides: dict[str, Any], make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """What several runs need: made once, and kept in the experiment's folder under a hash of what decides it."""
@@ -585,10 +587,10 @@ class Recorded:
             rows, figures = runner.evaluate(
                 bench.model, bench.tokenizer, self.test, bench.config, [], self.seed, do_sample
             )
-        for row, gold in zip(rows, self.test["answer"], strict=True):
+        for row, answer in zip(rows, self.test["answer"], strict=True):
             text = row["completion"]
             row["strict"] = row["right"] and formatted(text)
-            row["tolerant"] = row["right"] or same_number(text, gold)
+            row["tolerant"] = row["right"] or same_number(text, str(gold(answer, "answer", structured=True)))
             row["steps_shown"] = "=" in text
         figures |= {name: _mean(rows, name) for name in ("strict", "tolerant", "steps_shown")}
         return rows, figures, {} if steering is None else usage(steering, [row["tokens"] for row in rows])

@@ -10,6 +10,7 @@ from mechreward.errors import ConfigError, nearest
 from mechreward.experiments.config import Source
 from mechreward.extras import require
 from mechreward.schema import shown
+from mechreward.verifiers.golds import gold
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -22,7 +23,8 @@ def load(sources: list[Source]) -> Dataset:
         Columns ``prompt`` and ``answer``; for pocket also ``solution``, whose steps can be checked.
 
     Raises:
-        ConfigError: A source cannot be loaded, is empty, or lacks a column that its prompt names.
+        ConfigError: A source cannot be loaded, is empty, lacks a column that its prompt names, or an answer.
+        RewardError: An answer is a mapping.
     """
     datasets = require("datasets", "trl")
     return datasets.concatenate_datasets([_load(source) for source in sources])
@@ -40,12 +42,14 @@ def _load(source: Source) -> Dataset:
     if len(rows) == 0:
         raise ConfigError(f"{where} has no rows: check its split.")
 
-    def question(row: Any) -> dict[str, str]:
-        if row[source.answer] is None:
+    def question(row: Any) -> dict[str, Any]:
+        # Lists stay: they are golds of verifiers that run code, and others will refuse them.
+        answer = gold(row[source.answer], source.answer, structured=isinstance(row[source.answer], list))
+        if answer is None:
             raise ConfigError(f"{where} has a row without an answer in '{source.answer}': {shown(row)}.")
         if empty := [column for column in source.columns if row[column] is None]:  # would be asked as "None"
             raise ConfigError(f"{where} has a row without '{empty[0]}', which its prompt names: {shown(row)}.")
-        kept = {"prompt": source.prompt.format(**row), "answer": str(row[source.answer])}
+        kept = {"prompt": source.prompt.format(**row), "answer": answer}
         return kept | ({"solution": row["solution"]} if source.path == pocket.MODEL_ID else {})
 
     return require("datasets", "trl").Dataset.from_list([question(row) for row in rows])  # `map` would keep old types

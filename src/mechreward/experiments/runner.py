@@ -53,6 +53,7 @@ from mechreward.reward.outcome import OutcomeReward
 from mechreward.rollout.batch import RolloutBatch
 from mechreward.rollout.hf import HFSource, keeping_softcap, sample
 from mechreward.schema import shown
+from mechreward.verifiers.golds import golds, verdicts
 
 TRACED = 40
 """Test rollouts that are kept with their readings at each evaluation."""
@@ -390,14 +391,15 @@ def evaluate(
         for reward in watched
     }
     model.train(training)
-    verdicts = getattr(verifiers, config.verifier)(batch.texts, test["answer"])
+    verifier = getattr(verifiers, config.verifier)
+    said = verdicts(verifier, batch.texts, golds(verifier, test["answer"], "answer"))
     solutions: list[Any] = test["solution"] if "solution" in test.column_names else [None] * len(batch)
     rows = []
     for i, (text, ids) in enumerate(zip(batch.texts, batch.completion_ids, strict=True)):
         row: dict[str, Any] = {
             "question": test["number"][i],
             "completion": text,
-            "right": verdicts[i] is True,
+            "right": said[i] is True,
             "tokens": len(ids),
             "ended": ids[-1] in batch.eos_token_ids if len(ids) else False,
             **{name: values[i] for name, values in readings.items()},

@@ -32,8 +32,9 @@ from mechreward.readout import Readings, Request
 from mechreward.reward.base import Scores
 from mechreward.reward.feature_reward import FeatureReward
 from mechreward.reward.guards import all_within
-from mechreward.reward.outcome import GOLD_COLUMNS, OutcomeReward
+from mechreward.reward.outcome import OutcomeReward
 from mechreward.rollout.batch import RolloutBatch, plain_text
+from mechreward.verifiers.golds import gold, gold_columns
 
 logger = logging.getLogger(__name__)
 
@@ -205,7 +206,7 @@ def traced(
     """
     decode = _decoder(tokenizer)
     verdicts = [math.nan] * len(batch) if outcome is None else outcome.score(batch, {}).values.tolist()
-    gold = _gold(batch, outcome)
+    answers = _golds(batch, outcome)
     lengths = [min(len(batch.completion_ids[i]), TOKENS) for i in rows]
     masks = [_chosen_rows(readings[reward.request].mask, rows) for reward in rewards.values()]
     seen = np.any([mask.numpy() for mask in masks] or [np.zeros((len(rows), max(lengths, default=0)))], axis=0)
@@ -213,7 +214,7 @@ def traced(
     return [
         {
             "prompt": plain_text(batch.prompts[i]),
-            "gold": None if gold[i] is None else str(gold[i]),
+            "gold": None if answers[i] is None else str(answers[i]),
             "right": None if math.isnan(verdicts[i]) else verdicts[i] > 0.5,
             "tokens": token_texts(decode, batch.completion_ids[i][: lengths[k]]),
             "more": len(batch.completion_ids[i]) - lengths[k],
@@ -258,10 +259,11 @@ def _decoder(tokenizer: Any) -> Callable[[tuple[int, ...]], str]:
     )
 
 
-def _gold(batch: RolloutBatch, outcome: OutcomeReward | None) -> Sequence[Any]:
-    wanted = GOLD_COLUMNS if outcome is None or outcome.gold_column is None else (outcome.gold_column,)
-    there = next((name for name in wanted if name in batch.columns), None)
-    return [None] * len(batch) if there is None else batch.columns[there]
+def _golds(batch: RolloutBatch, outcome: OutcomeReward | None) -> Sequence[Any]:
+    found = gold_columns(batch.columns, None if outcome is None else outcome.gold_column)
+    if not found:
+        return [None] * len(batch)
+    return [gold(cell, found[0], structured=True) for cell in batch.columns[found[0]]]
 
 
 def _rounded(value: float) -> float | None:

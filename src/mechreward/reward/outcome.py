@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,11 +13,9 @@ from mechreward.errors import RewardError, nearest
 from mechreward.readout import Readings, Request
 from mechreward.reward.base import VERIFIER_SECONDS, Reward, Scores
 from mechreward.rollout.batch import RolloutBatch
+from mechreward.verifiers.golds import GOLD_COLUMNS, Verifier, gold_columns, golds, verdicts
 
-GOLD_COLUMNS = ("solution", "answer", "gold", "target", "ground_truth", "label")
-
-Verifier = Callable[..., Sequence[bool | float | None]]
-"""(completions, golds) -> a verdict for each; None where the gold says nothing."""
+logger = logging.getLogger(__name__)
 
 
 class OutcomeReward(Reward):
@@ -24,8 +23,9 @@ class OutcomeReward(Reward):
 
     Args:
         verifier: E.g. ``mr.verifiers.math_boxed``.
-        gold_column: The dataset's column with the right answers; by default the first of ``solution``, ``answer``,
-            ``gold``, ``target``, ``ground_truth``, ``label`` that there is.
+        gold_column: The dataset's column with the right answers; by default the first of ``answer``, ``gold``,
+            ``target``, ``ground_truth``, ``label``, ``solution`` that there is. Where there are several, the choice is
+            logged once. How cells are read: see ``mechreward.verifiers.golds``.
         name: What it is called in logs; the verifier's name by default.
         **options: Passed to the verifier, e.g. ``strict=True``.
     """
@@ -33,40 +33,44 @@ class OutcomeReward(Reward):
     def __init__(self, verifier: Verifier, gold_column: str | None = None, name: str | None = None, **options: Any):
         super().__init__(name or getattr(verifier, "__name__", "outcome"))
         self.verifier, self.gold_column, self.options = verifier, gold_column, options
-        self._last: tuple[Any, Sequence[Any]] | None = None
+        self._last: tuple[Any, list[Any]] | None = None
+        self._said = False
 
     def score(self, batch: RolloutBatch, readings: Mapping[Request, Readings], sense: float = 1.0) -> Scores:
         """Verify every completion.
 
         Raises:
-            RewardError: The dataset has no gold column.
+            RewardError: The dataset has no gold column, or a cell of it is a mapping or a list of several values.
         """
-        column = batch.columns[self._gold(batch)]
-        golds = [str(gold) if gold is not None else "" for gold in column]
+        column = self._gold(batch)
         began = time.perf_counter()
-        verdicts = self._verified(batch.texts, golds)
+        said = self._verified(batch.texts, golds(self.verifier, batch.columns[column], column))
         spent = time.perf_counter() - began
-        if len(verdicts) != len(batch):
-            raise RewardError(f"'{self.__name__}' gave {len(verdicts)} verdicts for {len(batch)} completions.")
-        values = [
-            torch.nan if verdict is None or gold is None else float(verdict)
-            for verdict, gold in zip(verdicts, column, strict=True)
-        ]
+        values = [torch.nan if verdict is None else float(verdict) for verdict in said]
         return Scores(torch.tensor(values, dtype=torch.float32), metrics={VERIFIER_SECONDS: spent})
 
-    def _verified(self, texts: list[str], golds: list[str]) -> Sequence[Any]:
+    def _verified(self, texts: list[str], golds: list[Any]) -> list[Any]:
         """The verdicts; of the same rollouts once only, since guards and monitors ask, too."""
         if self._last is None or self._last[0] != (texts, golds):
-            self._last = (texts, golds), self.verifier(texts, golds, **self.options)
+            said = verdicts(self.verifier, texts, golds, self.__name__, **self.options)
+            self._last = (texts, golds), said
         return self._last[1]
 
     def _gold(self, batch: RolloutBatch) -> str:
+        found = gold_columns(batch.columns, self.gold_column)
+        if len(found) > 1 and not self._said:
+            self._said = True
+            logger.warning(
+                "'%s' takes the column '%s' for the gold answers, not %s: name another with gold_column=....",
+                self.__name__,
+                found[0],
+                ", ".join(f"'{name}'" for name in found[1:]),
+            )
+        if found:
+            return found[0]
         wanted = GOLD_COLUMNS if self.gold_column is None else (self.gold_column,)
-        for column in wanted:
-            if column in batch.columns:
-                return column
         there = ", ".join(batch.columns) or "none"
-        hint = nearest(wanted[0], batch.columns)
+        hint = next(filter(None, (nearest(name, batch.columns) for name in reversed(wanted))), "")
         raise RewardError(
             f"'{self.__name__}' finds no gold answers: it looked for the dataset columns {', '.join(wanted)}, and "
             f"there are: {there}. Name the right one with OutcomeReward(gold_column=...).{hint}"

@@ -34,6 +34,7 @@ from mechreward.rollout.capture import text_config
 from mechreward.rollout.hf import HFSource, sample, samples_depend_on
 from mechreward.schema import shown
 from mechreward.unfinished import Tell, Unfinished, digest, silent
+from mechreward.verifiers.golds import golds, verdicts
 
 Verifier = Callable[[Sequence[str], Sequence[str]], Sequence[bool | None]]
 
@@ -127,8 +128,9 @@ def sample_rollouts(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         batch = sample(model, tokenizer, prompts, rollouts, batch_size, kept, tell, **generate)
-    verdicts = verifier(batch.texts, [gold for gold in questions["answer"] for _ in range(rollouts)])
-    decided = [i for i, verdict in enumerate(verdicts) if verdict is not None]
+    answers = [cell for cell in questions["answer"] for _ in range(rollouts)]
+    said = verdicts(verifier, batch.texts, golds(verifier, answers, "answer"))
+    decided = [i for i, verdict in enumerate(said) if verdict is not None]
     if not decided:
         raise DataError(
             f"The verifier decides on none of the {len(batch)} rollouts of {source}: it cannot read gold answers such "
@@ -136,7 +138,7 @@ def sample_rollouts(
         )
     labelled = Labelled(
         batch=batch.take(decided),
-        labels=np.array([bool(verdicts[i]) for i in decided]),
+        labels=np.array([bool(said[i]) for i in decided]),
         groups=np.array([i // rollouts for i in decided]),
         source=source,
         temperature=_temperature(model, generate),

@@ -16,7 +16,7 @@ instances of the completion's own classes can be called and their attributes rea
 copies: a test that looks at what a function did to its arguments cannot pass. Only the standard library can be
 imported. A weak test stays weak: one that a constant passes is passed by a constant.
 
-A golds column may hold texts, or mappings and lists; ``OutcomeReward`` turns these into text, which is read back.
+A golds column may hold texts, or mappings and lists, which reach these verifiers as they are.
 """
 
 import ast
@@ -164,6 +164,10 @@ def python_exec(
     return _batch(completions, golds, _cases, _run_cases, _limits(seconds, memory_mb), workers, unsafe)
 
 
+for _verifier in (humaneval, unit_tests, python_exec):
+    _verifier.structured_golds = True  # pyright: ignore[reportFunctionMemberAccess] (see golds.py)
+
+
 def extract_code(completion: str, entry_point: str | None = None) -> str:
     """The code of a completion, as described at the top of this module; ``""`` where there is none."""
     fences = list(_FENCE.finditer(completion))
@@ -250,7 +254,7 @@ def _batch(
 
 
 def _parsed(gold: Any) -> Any:
-    """A mapping or a list that was turned into text, as JSON or by ``str``; other text as it is."""
+    """A mapping or a list that is stored as text, as JSON or by ``str``; other text as it is."""
     if not isinstance(gold, str) or gold.lstrip()[:1] not in ("{", "["):
         return gold
     for read in (json.loads, ast.literal_eval):

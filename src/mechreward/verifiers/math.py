@@ -1,8 +1,8 @@
 """Verifiers for final answers: ``math_boxed``, ``gsm8k`` and ``exact_match``.
 
 Each takes a batch of completions and one gold per completion, and returns one verdict each: ``True`` (right), ``False``
-(wrong, unreadable, or too costly to read) or ``None`` (the gold has no answer, so nothing can be said). What a model
-writes never raises.
+(wrong, unreadable, or too costly to read) or ``None`` (nothing can be said: the gold has no answer, or a number's sign
+or word is unknown). What a model writes never raises.
 """
 
 import re
@@ -12,7 +12,8 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from mechreward.errors import RewardError
-from mechreward.verifiers import _sympy
+from mechreward.verifiers import _exact, _notation, _sympy
+from mechreward.verifiers._notation import readable
 
 MAX_ANSWER = 500
 MAX_PROSE = 2_000
@@ -22,18 +23,22 @@ ITEM_SECONDS = 3.0
 # what is still many times a normal answer's cost; then the batch is declared broken, with a warning. At most about
 # 100 s of CPU time are lost to one call.
 FULL_TIMEOUTS, SHORT_TIMEOUTS, SHORT_SECONDS = 10, 200, 0.3
+UNREAD = "unread"
 
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*(?:\{|(?P<bare>[-+]?[0-9][0-9.,]*))|\\[{}]|\\\\(?!boxed|fbox)|[{}]")
 _MARK = re.compile(r"(?<!#)####(?!#)([^\n]*)")
 _DELIMITERS = re.compile(r"\s*(?:(?<!\\)\$+|\\\(|\\\[)?(.*?)(?:(?<!\\)\$+|\\\)|\\\])?\s*", re.DOTALL)
 _NUMBER = re.compile(r"(?:\\?\$)?([-+]?)(?:\\?\$)?([0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]*)?|[0-9]+(?:\.[0-9]*)?|\.[0-9]+)")
-_GSM8K = re.compile(r"####[ \t]*\\?\$?([-+]?)\\?\$?([0-9.,]+)")
-_GSM8K_GOLD = re.compile(r"\\?\$?([-+]?)\\?\$?([0-9.,]+)\s*(?:\\?%)?\.?")
+_GSM8K = re.compile(r"[ \t]*\\?\$?([-+]?)\\?\$?([0-9.,]+)(?P<sum>\s*(?:[*/^]|\\(?:times|cdot|div))\s*[0-9({\\])?")
+_NUMERAL = re.compile(r"[ \t]*\\?\$?[-+]?\\?\$?(?:[.,]*[0-9]|\\[dt]?frac)")
+_GSM8K_GOLD = re.compile(r"\s*\\?\$?([-+]?)\\?\$?([0-9.,]+)(?P<sum>)\s*(?:\\?%)?\.?\s*")
 
 _TEXT_COMMAND = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|operatorname)\s*\{([^{}]*)\}")
 _COMMAND = re.compile(r"\\[A-Za-z]+")
-_MATH_WORD = re.compile(r"(?:arc)?(?:sin|cos|tan|cot|sec|csc)h?|log|exp|sqrt|and|mod|max|min|gcd|lcm|det|lim|inf|deg")
-_WORD = re.compile(r"[^\W\d_]{3,}")
+_MATH_WORD = re.compile(
+    r"(?:arc)?(?:sin|cos|tan|cot|sec|csc)h?|log|exp|sqrt|and|mod|max|min|gcd|lcm|det|lim|inf|deg|[pbvBV]?matrix"
+)
+_WORD = re.compile(r"[^\W\d_]{3,}|(?<![^\W\d_])(?i:so|is|it|we|he|be|as|to|of|at|by)(?![^\W\d_])")
 # A hyphen joins words ("non-zero") or is a minus ("x-y"); every other sign here is mathematics.
 _MATH_SIGN = re.compile(r"[\d\\^=+*/<>|$]|(?<![^\W\d_]{2})-|-(?![^\W\d_]{2})")
 
@@ -50,6 +55,8 @@ _verdicts: dict[tuple["_Answer", "_Answer"], str] = {}
 class _Answer(NamedTuple):
     text: str
     prose: bool  # a sentence in which math-verify has to look for the answer, rather than the answer itself
+    unread: bool = False  # it holds a number's sign or word that nothing here knows
+    euler: str = ""  # the text where an e may also be Euler's number: 2e-1
 
 
 def math_boxed(completions: Sequence[str], golds: Sequence[str | None], *, strict: bool = False) -> list[bool | None]:
@@ -59,14 +66,20 @@ def math_boxed(completions: Sequence[str], golds: Sequence[str | None], *, stric
     what math-verify finds in the last 2,000 characters. The gold is read in the same way and may be a whole solution or
     only the answer. A gold without digits, LaTeX or operators ("unknown", "red") is compared as text.
 
+    Equal means equal: rational numbers are compared exactly, other real and complex ones to twelve digits, in lists,
+    sets, intervals and matrices too. A decimal of at least six significant digits (0.333333) is also equal to what
+    rounds to it (1/3), if that is not a decimal itself. For all else math-verify has the last word. Signs and words of
+    numbers (a dash for a minus, thin spaces between thousands, 5e3, "5 million") are read: see ``_notation``.
+
     Args:
         completions: n texts.
         golds: n golds.
         strict: Count only a box; a completion without one is wrong.
 
     Returns:
-        n verdicts. ``None`` where the gold has no answer. ``False`` also for answers over 500 characters and for those
-        that math-verify cannot read within 3 s of CPU time.
+        n verdicts. ``None`` where the gold has no answer, or cannot be read, and where the answer holds a sign or word
+        of a number that cannot be read ("5 (in millions)"). ``False`` also for answers over 500 characters and for
+        those that math-verify cannot read within 3 s of CPU time.
 
     Raises:
         RewardError: The arguments are not two equally long batches of text, or math-verify cannot be started.
@@ -79,22 +92,26 @@ def math_boxed(completions: Sequence[str], golds: Sequence[str | None], *, stric
 def gsm8k(completions: Sequence[str], golds: Sequence[str | None]) -> list[bool | None]:
     """Whether the number on the last ``#### N`` equals that of the gold, as GSM8K's own scripts read it.
 
-    Thousands commas, ``$``, a trailing dot and what follows the number (``%``, units) are dropped; 18.00 equals 18.
+    Thousands commas, ``$``, a trailing dot and what follows the number (``%``, units) are dropped; 18.00 equals 18. Its
+    signs and words are read as ``math_boxed`` reads them, and so are ``1/2`` and ``2*10^3``.
 
     Args:
         completions: n texts; one without ``#### N`` is wrong.
         golds: n golds, each with ``#### N`` or only a number.
 
     Returns:
-        n verdicts, ``None`` where the gold has no number.
+        n verdicts, ``None`` where the gold has no number, or where a scale word ("in millions") cannot be read.
 
     Raises:
         RewardError: The arguments are not two equally long batches of text.
     """
 
     def verdict(completion: str, gold: str) -> bool | None:
-        expected = _gsm8k_number(gold) if "####" in gold else _gsm8k_value(_GSM8K_GOLD.fullmatch(_ascii_minus(gold)))
-        return None if expected is None else _gsm8k_number(completion) == expected
+        expected = _gsm8k_number(gold) if "####" in gold else _gsm8k_value(gold, _GSM8K_GOLD.fullmatch)
+        if expected is None or expected == UNREAD:
+            return None
+        given = _gsm8k_number(completion)
+        return None if given == UNREAD else given == expected
 
     return _each(verdict, completions, golds)
 
@@ -170,7 +187,9 @@ def _marked(text: str) -> str | None:
     end = len(text.rstrip())
     for mark in reversed(list(_MARK.finditer(text))):
         content = mark[1].strip()
-        if content and (mark.end() >= end or _number(content.removesuffix("%")) is not None):
+        if content and (
+            mark.end() >= end or _number(readable(content[: MAX_ANSWER + 1]).removesuffix("%")) is not None
+        ):
             return content
     return None
 
@@ -189,24 +208,34 @@ def _answer(text: str, strict: bool = False) -> _Answer:
     if found is None and not strict:
         found = _marked(text)
     if found is not None or strict:
-        return _Answer(_tidy(found or ""), False)
+        return _bare(found or "")
     text = text.strip()
-    words = _WORD.findall(_COMMAND.sub(" ", _TEXT_COMMAND.sub(" ", text[:MAX_ANSWER])))
+    words = _WORD.findall(_COMMAND.sub(" ", _TEXT_COMMAND.sub(" ", _notation.SCALE.sub(" ", text[:MAX_ANSWER]))))
     if len(text) > MAX_ANSWER or any(not _MATH_WORD.fullmatch(word) for word in words):
-        return _Answer(text[-MAX_PROSE:], True)
-    return _Answer(_tidy(text), False)
+        text = text[-MAX_PROSE:]
+        euler = readable(text, prose=True, euler=True) if _notation.EULERS.search(text) else ""
+        return _Answer(readable(text, prose=True), True, euler=euler)
+    return _bare(text)
+
+
+def _bare(answer: str) -> _Answer:
+    """An answer that stands alone. Too long an answer stays as it is."""
+    if len(answer) > MAX_ANSWER:
+        return _Answer(answer, False)
+    if _integer(answer):
+        return _Answer(answer.strip(), False)
+    text = _tidy(answer)
+    read = readable(text)
+    if read == text:
+        return _Answer(text, False, _notation.unread(text, text))
+    euler = readable(text, euler=True) if _notation.EULERS.search(text) else ""
+    return _Answer(read, False, _notation.unread(text, read), euler)
 
 
 def _tidy(answer: str) -> str:
-    """The answer without math delimiters, a final full stop and Unicode's minus. Too long an answer stays as it is."""
-    if len(answer) > MAX_ANSWER:
-        return answer
-    bare = _DELIMITERS.fullmatch(_ascii_minus(answer).strip().removesuffix("."))
+    """The answer without math delimiters and a final full stop."""
+    bare = _DELIMITERS.fullmatch(answer.strip().removesuffix("."))
     return bare[1].strip().removesuffix(".") if bare else ""
-
-
-def _ascii_minus(text: str) -> str:
-    return text.replace("\N{MINUS SIGN}", "-").strip()
 
 
 def _normal(text: str) -> str:
@@ -219,21 +248,40 @@ def _plain_text(answer: str) -> str:
     return re.sub(r"^\((\w)\)$", r"\1", text)
 
 
+def _integer(text: str) -> bool:
+    """Whether a text is plain digits, as most answers are, and there is nothing more to read."""
+    return text.isascii() and text.strip().removeprefix("-").isdigit()
+
+
 def _number(answer: str) -> Fraction | None:
-    found = _NUMBER.fullmatch(_ascii_minus(answer)) if len(answer) <= MAX_ANSWER else None
+    found = _NUMBER.fullmatch(answer.strip()) if len(answer) <= MAX_ANSWER else None
     return Fraction(found[1] + found[2].replace(",", "")) if found else None
 
 
-def _gsm8k_number(text: str) -> Fraction | None:
-    # Only the last thing that looks like a number counts; one that cannot be read ("1.2.3") is not skipped.
-    last = None
-    for found in _GSM8K.finditer(_ascii_minus(text)):
-        last = found if any("0" <= c <= "9" for c in found[2][: MAX_ANSWER + 1]) else last
-    return _gsm8k_value(last)
+def _gsm8k_number(text: str) -> Fraction | str | None:
+    # Only the last thing that looks like a number counts; one that cannot be read ("1.2.3") is not skipped. The limit
+    # is for floods of marks without one.
+    for line in reversed(text.rsplit("####", 2_000)[1:]):
+        line = line.partition("\n")[0][: MAX_ANSWER + 100]
+        if _integer(line) or _NUMERAL.match(readable(line)):
+            return _gsm8k_value(line, _GSM8K.match)
+    return None
 
 
-def _gsm8k_value(found: re.Match[str] | None) -> Fraction | None:
-    if found is None or len(found[2]) > MAX_ANSWER:
+def _gsm8k_value(text: str, match: Callable[[str], re.Match[str] | None]) -> Fraction | str | None:
+    """The number at the start of a text; :data:`UNREAD` where a word that scales it cannot be read."""
+    if len(text) > MAX_ANSWER + 100:
+        return None
+    if _integer(text):
+        return Fraction(int(text)) if len(text) <= MAX_ANSWER else None
+    text = readable(text).replace("^\\circ", "")
+    if _notation.SCALE.search(text):
+        return UNREAD
+    whole = _exact.read(text.strip().removesuffix("."))
+    if whole is not None:
+        return whole.value
+    found = match(text)
+    if found is None or found["sum"] or len(found[2]) > MAX_ANSWER:
         return None
     try:
         return Fraction(found[1] + found[2].replace(",", "").rstrip("."))
@@ -274,6 +322,8 @@ def _without_sympy(gold: _Answer, answer: _Answer) -> bool | None:
     expected, given = _number(gold.text), _number(answer.text)
     if expected is not None and given is not None:
         return expected == given
+    if not answer.prose and _notation.TORN.search(answer.text):
+        return False
     if expected is not None and not re.search(r"[\d\\]", answer.text):
         return False
     return False if _explodes(answer) else None
@@ -294,12 +344,24 @@ class _Batch:
         if expected is None:
             return None
         answer = _answer(completion, strict)
-        known = _without_sympy(expected, answer)
-        return self.ask(expected, answer) == "right" if known is None else known
+        right = self.right(expected, answer)
+        if not right and (expected.euler or answer.euler):
+            readings = [[one, one._replace(text=one.euler)] if one.euler else [one] for one in (expected, answer)]
+            right = any(self.right(gold, given) for gold in readings[0] for given in readings[1])
+        # A number that we cannot read is not a wrong one; nor a right one, as the "5" of "5 (in millions)".
+        if answer.unread and _MATH_SIGN.search(expected.text) and expected.text.split() != answer.text.split():
+            return None
+        return right
+
+    def right(self, gold: _Answer, answer: _Answer) -> bool:
+        known = _without_sympy(gold, answer)
+        return self.ask(gold, answer) == "right" if known is None else known
 
     def gold_answer(self, gold: str) -> _Answer | None:
         answer = _answer(gold)
         if not re.search(r"[^\W_]", answer.text) or (not answer.prose and len(answer.text) > MAX_ANSWER):
+            return None
+        if not answer.prose and re.search(r"\d", answer.text) and (answer.unread or _notation.TORN.search(answer.text)):
             return None
         # Whether a sentence holds an answer must not depend on the completion that it is compared with.
         sum_in_words = answer.prose and _MATH_SIGN.search(answer.text)

@@ -20,6 +20,7 @@ from mechreward.rollout.batch import RolloutBatch
 from mechreward.rollout.hf import HFSource, sample, samples_depend_on
 from mechreward.schema import shown
 from mechreward.unfinished import Tell, Unfinished, silent
+from mechreward.verifiers.golds import golds, verdicts
 
 ROWS = 128
 """Rollouts that are read and judged at once: about a training step's."""
@@ -154,8 +155,8 @@ class Target:
 
     def right(self, batch: RolloutBatch) -> Floats:
         """The verifier's verdicts, ``[n]``; NaN where it cannot say."""
-        verdicts = self.verifier(batch.texts, [str(gold) for gold in batch.columns[GOLD]])
-        return np.array([np.nan if verdict is None else float(verdict) for verdict in verdicts])
+        said = verdicts(self.verifier, batch.texts, golds(self.verifier, batch.columns[GOLD], GOLD))
+        return np.array([np.nan if verdict is None else float(verdict) for verdict in said])
 
     def judged(self, batch: RolloutBatch, model: Any = None) -> Judged:
         """Everything that is known of the rollouts, read in pieces of :data:`ROWS`."""
@@ -190,11 +191,11 @@ def questions_that_can_be_judged(questions: Any, verifier: Verifier) -> Any:
     Raises:
         DataError: Fewer than four.
     """
-    golds = [str(gold) for gold in questions[GOLD]]
-    kept = [i for i, verdict in enumerate(verifier(["0"] * len(golds), golds)) if verdict is not None]
+    asked = golds(verifier, questions[GOLD], GOLD)
+    kept = [i for i, verdict in enumerate(verdicts(verifier, ["0"] * len(asked), asked)) if verdict is not None]
     if len(kept) < 4:
         raise DataError(
-            f"The verifier can read {len(kept)} of {len(golds)} gold answers such as {shown(golds[0])}, and a red team "
+            f"The verifier can read {len(kept)} of {len(asked)} gold answers such as {shown(asked[0])}, and a red team "
             "needs 4: name the column with the answers, or another verifier."
         )
     return questions.select(kept)

@@ -31,6 +31,7 @@ import numpy as np
 from mechreward.errors import ConfigError, DataError, nearest
 from mechreward.features.interventions import Cues
 from mechreward.rollout.batch import RolloutBatch, Text, plain_text
+from mechreward.verifiers.golds import gold
 
 Style = Literal["woven", "replacing"]
 STYLES: tuple[Style, ...] = ("woven", "replacing")
@@ -542,7 +543,8 @@ def materials(batch: RolloutBatch) -> list[Material]:
         question = plain_text(batch.prompts[i])
         answer = _answer(final)
         numbers = _NUMBER.findall(question) or _NUMBER.findall(texts[i]) or [str(len(question)), str(len(texts[i]))]
-        golds = {str(batch.columns[name][i]).strip() for name in _GOLDS if name in batch.columns}
+        cells = {name: batch.columns[name][i] for name in _GOLDS if name in batch.columns}
+        golds = {str(gold(cell, name, structured=True)).strip() for name, cell in cells.items()}
         made.append(
             Material(
                 question=question,
@@ -556,7 +558,7 @@ def materials(batch: RolloutBatch) -> list[Material]:
                 marker=marker[0][0] if marker else "The answer is {}.",
                 shapes=common,
                 others=[steps[j] for j in range(len(batch)) if batch.prompts[j] != batch.prompts[i] and steps[j]],
-                avoid=frozenset({answer, *golds, *(n for gold in golds for n in _NUMBER.findall(gold)[-1:])}),
+                avoid=frozenset({answer, *golds, *(n for one in golds for n in _NUMBER.findall(one)[-1:])}),
             )
         )
     return made

@@ -20,6 +20,7 @@ from verl.experimental.reward_loop.reward_manager.base import (  # pyright: igno
 from mechreward.errors import ConfigError, RewardError
 from mechreward.integrations.client import RewardClient
 from mechreward.integrations.verl.options import DENSE, check, dense_over_http
+from mechreward.verifiers.golds import gold
 
 
 class RewardManager(RewardManagerBase):
@@ -52,7 +53,7 @@ class RewardManager(RewardManagerBase):
         """One rollout's reward, with ``token_rewards`` for :class:`DenseAgentLoop`.
 
         Raises:
-            RewardError: A rollout of several turns.
+            RewardError: A rollout of several turns, or a right answer that is a mapping or a list of several values.
             ServiceError: The server gave no reward.
         """
         if len(data) > 1 or data.non_tensor_batch["__num_turns__"][0] > 2:
@@ -63,11 +64,11 @@ class RewardManager(RewardManagerBase):
         row = data.batch[0]
         real = row["attention_mask"].bool()
         asked, answered = real[: len(row["prompts"])], real[len(row["prompts"]) :]
-        gold = (data.non_tensor_batch["reward_model"][0] or {}).get("ground_truth")
+        truth = (data.non_tensor_batch["reward_model"][0] or {}).get("ground_truth")
         reply = await self.client.score_tokens(
             [row["prompts"][asked].tolist()],
             [row["responses"][answered].tolist()],
-            [None if gold is None else str(gold)],
+            [gold(truth, "reward_model.ground_truth")],
             include=["token_rewards", "flags"],
         )
         (reward,), (tokens,), (flags,) = reply.rewards, reply.token_rewards or [[]], reply.flags or [[]]
