@@ -205,7 +205,7 @@ def _trl_has_one(trainer: Any) -> bool:
     """A model of its own where ``beta > 0``, or an adapter to switch off."""
     from accelerate.utils import is_peft_model  # where there is a trainer, there is accelerate
 
-    return trainer.ref_model is not None or is_peft_model(trainer.accelerator.unwrap_model(trainer.model))
+    return trainer.ref_model is not None or bool(is_peft_model(trainer.accelerator.unwrap_model(trainer.model)))
 
 
 def keep_start(trainer: Any) -> None:
