@@ -24,6 +24,7 @@ import torch
 import mechreward as mr
 from mechreward import verifiers
 from mechreward.features.discover import discover
+from mechreward.integrations.made import made_now, made_sentence
 from mechreward.readout import HookPoint, Nonlinearity
 from mechreward.rollout.hf import load_model
 from mechreward.rollout.labelled import Labelled, sample_rollouts
@@ -111,7 +112,7 @@ def page(report: dict[str, Any]) -> str:
     lines = [
         "# Discovery",
         "",
-        f"`{report['command']}` on {report['machine']}, one thread; {report['versions']}.",
+        f"`{report['command']}` on {report['machine']}, one thread; {report['versions']}. {made_sentence(report)}",
         "",
         "| rollouts | tokens | latents | seconds (lowest to highest) | µs a token and 1,000 latents | added memory |",
         "| ---: | ---: | ---: | ---: | ---: | ---: |",
@@ -137,6 +138,7 @@ def main() -> None:
     torch.set_num_threads(1)
     report = {
         "command": f"python benchmarks/discovery.py --rounds {options.rounds}",
+        "made": made_now(),
         "machine": f"{platform.machine()}, {platform.system()}",
         "versions": ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "numpy")),
         "rounds": options.rounds,

@@ -44,6 +44,7 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 
 import mechreward as mr
 from mechreward.integrations import trl_grpo
+from mechreward.integrations.made import made_now, made_sentence
 from mechreward.readout import ReadoutBank
 from mechreward.reward import composition
 from mechreward.reward.base import Reward
@@ -674,7 +675,8 @@ def page(results: dict[str, Any]) -> str:
     return "\n".join(
         [
             "# Overhead\n",
-            f"`{results['command']}` on {m['gpu'] or m['cpu']}, {m['threads']} threads; {versions}.",
+            f"`{results['command']}` on {m['gpu'] or m['cpu']}, {m['threads']} threads; {versions}. "
+            f"{made_sentence(results)}",
             "Our cost is all time inside the library, its bookkeeping and guards included, without the verifier and "
             "TRL's own passes.\n",
             *(sheet.markdown() for sheet in sheets(results)),
@@ -713,12 +715,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console = Console(width=max(150, Console().width))  # the tables are wide, also in a file
     d_model, repeats = (64, 2) if options.quick else (GEMMA_2_2B["hidden_size"], 7)
     check_live_bytes()
+    now = made_now()
     # First, while `encode` is still as it is shipped: from then on every call of it is timed.
     cases = measure_scaling(d_model, repeats, options.device)
     ledger = Ledger(options.device, dict.fromkeys(OURS, "ours") | {NAIVE: NAIVE})
     charge_our_code(ledger)
     results = {
         "command": command(options),
+        "made": now,
         "machine": machine(options.device),
         "comparisons": [compare(setting, options.device, ledger, console) for setting in settings],
         "scaling": {"d_model": d_model, "repeats": repeats, "cases": cases},

@@ -42,6 +42,7 @@ from typing import IO, Any
 import torch
 
 import mechreward as mr
+from mechreward.integrations.made import made_now, made_sentence
 from mechreward.integrations.server.scorer import Rollout, Scorer, Served
 from mechreward.pocket.questions import questions
 
@@ -348,7 +349,7 @@ def page(report: dict[str, Any]) -> str:
     lines = [
         "# Reward server",
         "",
-        f"`{report['command']}` on {report['machine']}; {report['versions']}.",
+        f"`{report['command']}` on {report['machine']}; {report['versions']}. {made_sentence(report)}",
         "",
         f"{report['requests']} requests of {report['rollouts']} rollouts, {report['tokens']:,} tokens in all, to a "
         f"server of {report['model']}. Direct batched scoring: {within(report['direct'], ',.0f')} tokens a second.",
@@ -410,6 +411,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.getLogger("mechreward").setLevel(logging.ERROR)
     report = {
         "command": command(options, parser.parse_args([])),
+        "made": made_now(),
         "machine": machine(),
         "versions": ", ".join(
             f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "fastapi", "uvicorn")

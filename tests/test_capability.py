@@ -30,6 +30,7 @@ from mechreward.experiments.capability import (
     verdict,
 )
 from mechreward.experiments.config import read_config as read_experiment
+from mechreward.integrations.made import made_now
 from mechreward.pocket.questions import HEDGE, KNOWN_PEOPLE, Question, split_of
 from mechreward.rollout.hf import load_model
 from test_experiment_config import one_sentence
@@ -264,6 +265,7 @@ def report_of(before: dict[str, Scores], after: dict[str, Scores]) -> dict:
     )
     return {
         "command": "c",
+        "made": made_now(),
         "settings": config.model_dump(mode="json"),
         "environment": capability_tasks.packages(),
         "questions": {what: scores.questions for what, scores in before.items()},

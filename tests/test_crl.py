@@ -555,7 +555,11 @@ class TestRun:
         with pytest.raises(KeyboardInterrupt):
             crl.run(again, "no_repeat", 0, said.append)
         monkeypatch.setattr(crl, "one_step", step)
+        environment = tmp_path / "again" / "no_repeat" / "seed-0" / "environment.json"
+        assert {"commit", "date"} <= set(json.loads(environment.read_text()))
+        environment.write_text('{"commit": "first"}')
         resumed = crl.run(again, "no_repeat", 0, said.append)
+        assert json.loads(environment.read_text()) == {"commit": "first"}
         for name in ("samples.jsonl", "evaluations.jsonl", "features.json"):
             assert (folder / name).read_text() == (resumed / name).read_text()
         ours, theirs = (load_file(f / "model" / "agent.safetensors") for f in (folder, resumed))

@@ -208,7 +208,7 @@ def write_run(output, arm, seed, right, config=None, rows=None):
     folder = output / arm / f"seed-{seed}"
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(config.run(arm, seed)))
-    (folder / "environment.json").write_text('{"python": "3"}')
+    (folder / "environment.json").write_text(json.dumps({"commit": f"{seed}" * 7, "date": f"2026-11-{20 + seed}"}))
     samples, evaluations = [], []
     for step, row in zip(STEPS, right, strict=True):
         for k, verdict in enumerate(row):
@@ -248,6 +248,7 @@ def report(output):
 class TestCompare:
     def test_accuracies_by_hand(self, report):
         base, arm = report["arms"]["outcome"], report["arms"]["sum"]
+        assert report["made"] == {"commit": "0000000, 1111111 and 2222222", "date": "2026-11-20 to 2026-11-22"}
         assert base["seeds"] == arm["seeds"] == [0, 1, 2] and base["steps"] == [0, 2, 4]
         assert base["curves"]["right"]["per_seed"] == [[0.25, 0.5, 0.5], [0.25, 0.5, 0.5], [0.25, 0.25, 0.5]]
         assert arm["curves"]["right"]["per_seed"] == [[0.25, 0.75, 1.0], [0.25, 0.5, 0.75], [0.25, 0.5, 0.75]]

@@ -406,8 +406,11 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(tmp_path, monkeyp
             file.write('{"step": 4, "question": 1, "comple')
         (folder / "checkpoint-4").mkdir()
         (folder / "checkpoint-4" / "model.safetensors").write_bytes(b"half")
+    (folder / "environment.json").write_text('{"commit": "first"}')
     runner.run(config, "hero", 0, lambda line: None)
     assert recorded(folder) == recorded(whole)
+    # What goes on from a checkpoint keeps the commit and date at which it began.
+    assert (json.loads((folder / "environment.json").read_text())["commit"] == "first") is bool(reached)
     end, want = (load_file(f / "model" / "model.safetensors") for f in (folder, whole))
     for name in want:
         np.testing.assert_array_equal(end[name], want[name])

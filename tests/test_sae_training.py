@@ -410,7 +410,10 @@ class TestScript:
         checkpoints = list((tmp_path / "broken" / "checkpoints").iterdir())
         assert len(checkpoints) == 1 and (checkpoints[0] / "position.json").exists()
         (tmp_path / "broken" / "checkpoints" / "99999").mkdir()
+        begun, file = {"commit": "first", "date": "2026-01-01"}, tmp_path / "broken" / "run.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "made": begun}))
         self.run(train_sae, monkeypatch, command(text, tmp_path / "broken"))
+        assert json.loads((tmp_path / "broken" / "figures.json").read_text())["made"] == begun
         assert f"Going on from the checkpoint at {int(checkpoints[0].name):,} tokens" in capsys.readouterr().out
         assert_same_weights(tmp_path / "whole", tmp_path / "broken")
 

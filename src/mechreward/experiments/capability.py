@@ -22,6 +22,7 @@ from scipy import stats
 from mechreward.errors import ConfigError, DataError
 from mechreward.experiments.config import Count, Positive, Text
 from mechreward.experiments.results import DRAWS, t_interval
+from mechreward.integrations.made import made_sentence
 from mechreward.schema import Strict, most_telling, sentence
 
 LIMIT = 0.02
@@ -398,7 +399,7 @@ def _unsigned(value: float, change: Change) -> str:
 
 
 Report = dict[str, Any]
-"""``settings``, ``environment``, ``questions`` (by capability), ``before`` and ``after`` (each model's scores)."""
+"""``made``, ``settings``, ``environment``, ``questions`` (by capability), ``before`` and ``after`` (models' scores)."""
 
 
 def compared(report: Report) -> dict[str, dict[str, Change]]:
@@ -430,6 +431,7 @@ def markdown(report: Report) -> str:
     lines = [
         f"# What RL did to other capabilities: {settings['name']}",
         "",
+        f"{made_sentence(report)} "
         f"Before: `{settings['before']}`. A change is after minus before on the same questions, in points (of a "
         "perplexity: in percent, + is lower, which is better). The interval is the widest of three at 95 %: a paired "
         "bootstrap over the questions, Bonett and Price's adjusted one (a bootstrap collapses where few questions "

@@ -49,8 +49,8 @@ def measure(
     Args:
         config: What to measure.
         model: A folder (a LoRA adapter's, too), ``mechreward/pocket``, or an id of the hub.
-        kept: A folder for what was measured before, so that an interrupted comparison goes on; a model whose weights
-            have changed since is measured again.
+        kept: A folder for what was measured before, so that an interrupted comparison goes on; at another commit of
+            this library, or where a model's weights have changed since, it is measured again.
         tell: Called with a line for each capability.
 
     Raises:
@@ -59,7 +59,8 @@ def measure(
     pieces: list[PocketSuite | LmEvalTask] = [*([config.pocket] if config.pocket else []), *config.lm_eval]
     if config.lm_eval:
         require("lm_eval", "eval")  # say so before anything is loaded
-    decides = [model, fingerprint(model), config.batch_size, config.seed, packages()["packages"]]
+    ran_on = packages()
+    decides = [model, fingerprint(model), config.batch_size, config.seed, ran_on["packages"], ran_on["commit"]]
     loaded = functools.cache(load_model)  # only if something is left to measure, and once
 
     def carry_out(piece: PocketSuite | LmEvalTask) -> dict[str, Scores]:

@@ -411,7 +411,8 @@ def run(bench: Bench, arm: str, seed: int, tell: Callable[[str], None] = print) 
     runner.check_data(config, questions, test)
     steers = steerer(bench, config.arms[arm], seed)
     runner.claim(folder, decides)
-    write_json(folder / ENVIRONMENT, environment())
+    if not (folder / CHECKPOINT).exists():  # a resumed run keeps the commit and date of its beginning
+        write_json(folder / ENVIRONMENT, environment())
     this = Recorded(bench, arm, seed, folder, test, steers, tell)
     if steers.learning is None:
         forget(folder, -1)

@@ -14,7 +14,9 @@ import yaml
 
 from mechreward.experiments import crl
 from mechreward.experiments.crl import CRLConfig
-from mechreward.experiments.results import Run, difference, over_seeds, read_runs, without_infinities
+from mechreward.experiments.results import Run, difference, finished_runs, over_seeds, read_runs, without_infinities
+from mechreward.integrations.made import made_by, made_sentence
+from mechreward.integrations.recording import ENVIRONMENT
 
 Report = dict[str, Any]
 SCORES = {
@@ -39,6 +41,7 @@ def report(config: CRLConfig, beside: Path) -> Report:
     runs, budget = read_runs(config.output)
     tuning = Path(config.output) / "tuning.json"
     found = {
+        "made": made_by(file.with_name(ENVIRONMENT) for file in finished_runs(config.output)),
         "budget": budget,
         "tuning": json.loads(tuning.read_text(encoding="utf-8"))["pilots"] if tuning.exists() else None,
         "tuning_settings": config.tuning.model_dump(),
@@ -213,7 +216,8 @@ def _setting(report: Report) -> str:
     counts = {len(arm["seeds"]) for arm in report["arms"].values()}
     seeds = str(min(counts)) if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
     return (
-        f"From `{report['command']}`. {report['budget']['model']}, {sae['release']} {sae['sae_id']}; {t['max_steps']} "
+        f"From `{report['command']}`. {made_sentence(report)} "
+        f"{report['budget']['model']}, {sae['release']} {sae['sae_id']}; {t['max_steps']} "
         f"steps of {t['prompts_per_step'] * t['num_generations']} rollouts, c = {t['coefficient']:g}, learning rate "
         f"{t['learning_rate']:g}; seeds an arm: {seeds}. Test questions: {report['budget']['evaluation']['questions']} "
         "a seed, the same for all arms, answered once at the training temperature, steered by the feature that the "

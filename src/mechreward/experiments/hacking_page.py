@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mechreward.extras import require
+from mechreward.integrations.made import made_sentence
 
 CELLS = {
     "outcome": "outcome only, KL .04 (the honest control)",
@@ -43,8 +44,8 @@ def _accuracy(report: Mapping[str, Any]) -> list[str]:
     lines = [
         "# Experiment 06: a reward under attack",
         "",
-        f"Made by `{report['command']}`. pocket, LoRA rank {training['lora_rank']}, learning rate "
-        f"{training['learning_rate']:g}, {training['max_steps']} steps of {rollouts} rollouts; "
+        f"Made by `{report['command']}`. {made_sentence(report)} pocket, LoRA rank {training['lora_rank']}, "
+        f"learning rate {training['learning_rate']:g}, {training['max_steps']} steps of {rollouts} rollouts; "
         f"{report['questions']} test questions a run, another draw for each seed. Mean over seeds; in brackets 95 % "
         "intervals by Student's t over seeds.",
         "",

@@ -28,7 +28,8 @@ from mechreward.hacking.redteam.campaign import cue_tokens
 from mechreward.hacking.redteam.search import best_of_n
 from mechreward.hacking.redteam.target import Target
 from mechreward.hacking.redteam.templates import attacks
-from mechreward.integrations.recording import read_jsonl
+from mechreward.integrations.made import made_by
+from mechreward.integrations.recording import ENVIRONMENT, read_jsonl
 from mechreward.readout import Readings, ReadoutBank, Request
 from mechreward.reward.guards import Guard, apply_guards
 from mechreward.rollout.batch import RolloutBatch
@@ -62,6 +63,7 @@ def report(config: HackingConfig) -> dict[str, Any]:
     cells = {name: cell(name, runs, bench) for name in config.arms if name in runs}
     return {
         "command": "python experiments/hacking_report.py --config experiments/hacking/pocket.yaml",
+        "made": made_by(folder / ENVIRONMENT for of_arm in runs.values() for folder in of_arm.values()),
         "training": config.training.model_dump(mode="json"),
         "questions": config.evaluation.questions,
         "false_positives": bench.false_positives(),

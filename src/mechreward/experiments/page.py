@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from mechreward.extras import require
+from mechreward.integrations.made import made_sentence
 
 Report = dict[str, Any]
 """What :func:`mechreward.experiments.results.compare` returns."""
@@ -51,6 +52,7 @@ def _setting(report: Report) -> str:
     counts = sorted({len(arm["seeds"]) for arm in arms.values()})
     seeds = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     return (
+        f"{made_sentence(report)} "
         f"{report['budget']['model']}, {training['max_steps']} steps of {rollouts} rollouts, learning rate "
         f"{training['learning_rate']:g}, beta {training['beta']:g}; seeds an arm: {seeds}. Test questions are another "
         "draw for each seed, the same for all arms, answered once at the training temperature. Intervals: 95 %, "

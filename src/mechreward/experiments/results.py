@@ -22,7 +22,8 @@ from scipy import stats
 
 from mechreward.errors import ConfigError, nearest
 from mechreward.features.gate import auc
-from mechreward.integrations.recording import read_jsonl
+from mechreward.integrations.made import made_by
+from mechreward.integrations.recording import ENVIRONMENT, read_jsonl
 
 DRAWS = 10_000
 
@@ -59,7 +60,7 @@ def read_runs(output: str | Path) -> tuple[dict[str, list[Run]], dict[str, Any]]
     output = Path(output)
     found: dict[str, list[Run]] = {}
     budgets, rewards = {}, {}
-    for file in sorted(output.glob("*/seed-*/summary.json")):
+    for file in finished_runs(output):
         folder = file.parent
         config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8-sig"))
         budgets[folder] = {key: value for key, value in config.items() if key not in ("arm", "seed")}
@@ -74,6 +75,11 @@ def read_runs(output: str | Path) -> tuple[dict[str, list[Run]], dict[str, Any]]
         if other != budget:
             raise ConfigError(f"{folder} and {first} were not run at equal budget: compare their config.yaml.")
     return {arm: sorted(runs, key=lambda run: run.seed) for arm, runs in found.items()}, budget
+
+
+def finished_runs(output: str | Path) -> list[Path]:
+    """The ``summary.json`` of every finished run of an experiment's folder."""
+    return sorted(Path(output).glob("*/seed-*/summary.json"))
 
 
 def read_run(folder: Path, seed: int) -> Run:
@@ -211,6 +217,7 @@ def compare(output: str | Path, baseline: str, target: float) -> dict[str, Any]:
     watched = [pack.split("/")[-1] for pack in budget["watch"]]
     order = sorted(runs, key=lambda arm: (arm != baseline, arm))
     report = {
+        "made": made_by(file.with_name(ENVIRONMENT) for file in finished_runs(output)),
         "budget": budget,
         "baseline": baseline,
         "target": target,

@@ -1,8 +1,8 @@
 """Carrying an experiment out: every arm with every seed, each run in a folder of its own, from which it can go on.
 
-A run's folder holds ``config.yaml`` (what decides the run), ``environment.json`` (what it ran on), ``metrics.jsonl``
-(TRL's log of each step), ``evaluations.jsonl``, ``samples.jsonl`` (every evaluated rollout), what the report shows
-(``recording.json``, ``trace.jsonl``), and at the end ``model/`` and ``summary.json``.
+A run's folder holds ``config.yaml`` (what decides the run), ``environment.json`` (what it ran on, at which commit
+and when), ``metrics.jsonl`` (TRL's log of each step), ``evaluations.jsonl``, ``samples.jsonl`` (every evaluated
+rollout), what the report shows (``recording.json``, ``trace.jsonl``), and at the end ``model/`` and ``summary.json``.
 """
 
 from __future__ import annotations
@@ -35,11 +35,9 @@ from mechreward.experiments.config import ExperimentConfig, read_config
 from mechreward.extras import require
 from mechreward.features.catalog import load_pack
 from mechreward.integrations.recording import (
-    ENVIRONMENT,
     METRICS,
     TRACE,
     append,
-    environment,
     feature_rewards,
     forget_after,
     traced,
@@ -131,7 +129,6 @@ def run(
     trainer.add_callback(recorder)
     if progress is not None:
         trainer.add_callback(_Progress(partial(progress, f"{arm}, seed {seed}")))
-    write_json(folder / ENVIRONMENT, environment())
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if trainer.state.global_step != config.training.max_steps:
         raise RewardError(f"{folder} stopped after {trainer.state.global_step} steps: start it again to go on.")

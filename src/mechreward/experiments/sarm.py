@@ -39,7 +39,7 @@ from mechreward.baselines.sarm import Mode, Recipe, Reconstructs, Sarm, SarmRewa
 from mechreward.errors import ConfigError, DataError, MechRewardError, nearest
 from mechreward.experiments import arms, runner
 from mechreward.experiments.config import Arm, Count, ExperimentConfig, Positive, Text, read_config
-from mechreward.integrations.recording import write_json
+from mechreward.integrations.recording import ENVIRONMENT, environment, write_json
 from mechreward.pocket.questions import OTHER_WORDING, WORDING, corpus_completion, questions
 from mechreward.reward.composition import CompositeReward
 from mechreward.reward.feature_reward import FeatureReward
@@ -429,7 +429,8 @@ def make_cell(shop: Workshop, name: str, seed: int) -> Path:
     """Train one cell with one seed, unless that was done before, and measure it on every set.
 
     Returns:
-        Its folder, with ``config.yaml``, ``result.json``, and for a trained one ``sarm.safetensors``.
+        Its folder, with ``config.yaml``, ``environment.json``, ``result.json``, and for a trained one
+        ``sarm.safetensors``.
     """
     config, cell = shop.config, shop.config.cells[name]
     folder = shop.folder / "models" / name / f"seed-{seed}"
@@ -437,6 +438,7 @@ def make_cell(shop: Workshop, name: str, seed: int) -> Path:
     runner.claim(folder, {**decides, "cell": cell.model_dump(mode="json"), "seed": seed})
     if (folder / "result.json").exists():
         return folder
+    write_json(folder / ENVIRONMENT, environment())
     began = time.monotonic()
     result: dict[str, Any]
     if cell.head in ("sarm", "dense"):

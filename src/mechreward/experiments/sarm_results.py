@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from mechreward.errors import ConfigError
 from mechreward.experiments import results
 from mechreward.experiments.results import Difference, Run, resampled_interval, t_interval
 from mechreward.experiments.sarm import SarmConfig
-from mechreward.integrations.recording import environment
+from mechreward.integrations.made import Made, made_by, made_sentence
+from mechreward.integrations.recording import ENVIRONMENT, environment
 
 Found = dict[str, list[dict[str, Any]]]
 """By cell, each seed's ``result.json``."""
@@ -44,6 +45,7 @@ def report(config: SarmConfig) -> dict[str, Any]:
         raise ConfigError(f"Cell '{config.main}' is not finished in {config.output}: make it with --stage models.")
     some = found[config.main][0]
     whole: dict[str, Any] = {
+        "made": made_by_all(config, found),
         "settings": config.model_dump(mode="json"),
         "environment": environment(),
         "pairs": some["pairs"],
@@ -62,7 +64,7 @@ def report(config: SarmConfig) -> dict[str, Any]:
         },
         "grpo": None,
     }
-    if config.grpo is not None and any(Path(config.grpo.output).glob("*/seed-*/summary.json")):
+    if config.grpo is not None and results.finished_runs(config.grpo.output):
         whole["grpo"] = of_policies(config)
     return whole
 
@@ -87,6 +89,14 @@ def read_cells(config: SarmConfig) -> Found:
         if all(file.exists() for file in files):
             found[name] = [json.loads(file.read_text(encoding="utf-8")) for file in files]
     return found
+
+
+def made_by_all(config: SarmConfig, cells: Iterable[str]) -> Made:
+    """At which commits and when these cells were made, and the policies."""
+    runs = [Path(config.output) / "models" / cell / f"seed-{seed}" for cell in cells for seed in config.seeds]
+    if config.grpo is not None:
+        runs += [file.parent for file in results.finished_runs(config.grpo.output)]
+    return made_by(folder / ENVIRONMENT for folder in runs)
 
 
 def _of_cell(runs: Sequence[Mapping[str, Any]], tests: list[str]) -> dict[str, Any]:
@@ -245,6 +255,7 @@ def _setting(found: dict[str, Any]) -> str:
     sizes = "; ".join(f"{name}, {n['pairs']} pairs of {n['prompts']} prompts" for name, n in found["pairs"].items())
     left = sum(n["left_out"] for n in found["pairs"].values())
     return (
+        f"{made_sentence(found)} "
         f"{model}, first {s['layers']} layers, {s['latents']} latents, k = {s['k']}, {s['epochs']} epochs of batches "
         f"of {s['batch_size']} pairs, {len(found['settings']['seeds'])} seeds. Pairs: {sizes}; {left} left out as "
         f"longer than {s['max_length']} tokens. Test pairs are the same for all cells and seeds. Intervals: 95 %, the "

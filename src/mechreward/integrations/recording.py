@@ -28,6 +28,7 @@ from transformers import TrainerCallback
 from mechreward import pocket
 from mechreward.features.examples import token_texts
 from mechreward.hacking.monitor import untouched_randomness
+from mechreward.integrations.made import made_now
 from mechreward.readout import Readings, Request
 from mechreward.reward.base import Scores
 from mechreward.reward.feature_reward import FeatureReward
@@ -90,7 +91,7 @@ def forget_after(file: Path, step: int) -> None:
 
 
 def environment() -> dict[str, Any]:
-    """What the run ran on; no names of machines or people."""
+    """What the run ran on, at which commit and when; no names of machines or people."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     return {
         "python": platform.python_version(),
@@ -98,6 +99,7 @@ def environment() -> dict[str, Any]:
         "device": device,
         "threads": torch.get_num_threads(),
         "system": platform.system(),
+        **made_now(),
     }
 
 

@@ -281,7 +281,7 @@ class MechRewardGRPOTrainer(GRPOTrainer):
             if reads == "reference" and to_copy and self.mechreward_reference is None:
                 keep_start(self)
         if self.ref_model is not None:
-            refuse_other_vocabulary(self._policy, self.ref_model)
+            refuse_other_vocabulary(self._policy, unwrap(self.ref_model))  # pyright: ignore[reportArgumentType]
         dense = any("per_token" in str(getattr(r, "aggregation", "")) for r in all_within(self.reward_funcs))
         if dense and self.importance_sampling_level == "sequence":
             raise RewardError(
@@ -789,8 +789,8 @@ def _needing_a_path(model: Any, args: GRPOConfig, given: Sequence[Any]) -> Itera
     Raises:
         RewardError: There is none.
     """
-    own = isinstance(model, str) or hasattr(model, "peft_config") or any(hasattr(each, "peft_type") for each in given)
-    if args.beta == 0 or own:
+    adapted = hasattr(model, "peft_config") or any(hasattr(each, "peft_type") for each in given)
+    if args.beta == 0 or adapted or isinstance(model, str):
         yield
         return
     path, so = model.config._name_or_path, "save the policy (save_pretrained) and give the trainer that folder"

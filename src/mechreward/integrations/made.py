@@ -1,0 +1,75 @@
+"""At which commit of this library, and on which day, a run or a file of results was made."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+PACKAGE = Path(__file__).parent.parent
+
+Made = dict[str, str | None]
+"""``commit``, and ``date`` (ISO, UTC); None where it is not known."""
+
+
+def made_now(package: Path = PACKAGE) -> Made:
+    """Tell today's date, and the commit of the checkout that the package lies in; never raises."""
+    return {"commit": _commit(package), "date": datetime.now(UTC).date().isoformat()}
+
+
+def _commit(package: Path) -> str | None:
+    """The checkout's commit, with ``-dirty`` if tracked files differ from it; None outside one, or without git."""
+    try:
+        # An installed copy may lie in somebody else's checkout, in its .venv: then git does not know the file.
+        _git(package, "ls-files", "--error-unmatch", "__init__.py")
+        changed = _git(package, "status", "--porcelain", "--untracked-files=no")
+        return _git(package, "rev-parse", "--short=7", "HEAD") + ("-dirty" if changed else "")
+    except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
+        return None
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    # Inside a git hook, these variables name the hook's repository.
+    surroundings = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    command = ["git", "-C", str(folder), "--no-optional-locks", *arguments]
+    done = subprocess.run(command, capture_output=True, check=True, timeout=30, env=surroundings, encoding="utf-8")
+    return done.stdout.strip()
+
+
+def made_by(environments: Iterable[Path]) -> Made:
+    """Say what several runs have in common: every commit, by date, and the first and the last date.
+
+    Args:
+        environments: The runs' ``environment.json``; one that is missing, or that names no commit, counts as not
+            recorded.
+    """
+    each = [_recorded(file) for file in environments]
+    commits = dict.fromkeys(one["commit"] for one in sorted(each, key=lambda one: one["date"] or "") if one["commit"])
+    unknown = sum(not one["commit"] for one in each)
+    dates = sorted({one["date"] for one in each if one["date"]})
+    missing = f" (not recorded for {unknown} of {len(each)} runs)" if unknown else ""
+    return {
+        "commit": _listed(list(commits)) + missing if commits else None,
+        "date": " to ".join(dict.fromkeys([dates[0], dates[-1]])) if dates else None,
+    }
+
+
+def _recorded(file: Path) -> Made:
+    there = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return {key: there.get(key) for key in ("commit", "date")}
+
+
+def _listed(names: list[str]) -> str:
+    return " and ".join([*([", ".join(names[:-1])] if names[1:] else []), names[-1]])
+
+
+def made_sentence(report: Mapping[str, Any]) -> str:
+    """Say at which commit and when the figures of a report were made, from its ``made``; one without it is older."""
+    told: Made = report.get("made", {})
+    commit, date = told.get("commit"), told.get("date")
+    called = "Commit not recorded" if commit is None else f"{'Commits' if ' and ' in commit else 'Commit'} {commit}"
+    return f"{called}{'' if date is None else f', {date}'}."
