@@ -40,7 +40,8 @@ from mechreward.features.gate import auc, bootstrap
 from mechreward.features.judge import judge
 from mechreward.features.pack import read_pack
 from mechreward.pocket.questions import Kind, Question, Split, corpus_completion, questions, way_of_answering
-from mechreward.probes.linear_probe import linear_probe, save_probe
+from mechreward.probes.linear_probe import linear_probe, load_probe, save_probe
+from mechreward.probes.training import calibrate, rollout_logits
 from mechreward.readout import HookPoint, ReadoutBank, residual
 from mechreward.rollout.batch import RolloutBatch
 from mechreward.rollout.hf import pooled, read_forward, sample
@@ -432,6 +433,17 @@ def build_probes() -> None:
         print(name, held_out_auc, flush=True)
 
 
+def calibrate_probes() -> None:
+    """Platt scaling on the gate split, which did not choose the weights; these stay as they are."""
+    model, _ = load_lm()
+    for name, behaviour in PROBES.items():
+        held_out, file = labelled("gate", behaviour.name), WORK / "catalog" / name
+        probe = load_probe(str(file))
+        fitted = calibrate(rollout_logits(model, held_out, probe), held_out.labels, held_out.groups)
+        save_probe(probe, file, {"calibration": fitted.model_dump()})
+        print(name, fitted.brier, fitted.ece, flush=True)
+
+
 def language_figures() -> dict[str, Any]:
     """What the language model can do, sampled at temperature 1 on the test split."""
     batch, asked = rollouts("test", "reasoning", 1000, 1, 5)
@@ -470,12 +482,18 @@ def build_card() -> None:
     shutil.copytree(WORK / "saes", SHIPPED / "saes")
     shutil.copytree(WORK / "catalog", CATALOG)
     (SHIPPED / "figures.json").write_text(json.dumps(rounded, indent=2) + "\n")
+    write_readme()
+    print(json.dumps(rounded, indent=2))
+
+
+def write_readme() -> None:
+    """The model card, from what is shipped."""
+    figures = json.loads((SHIPPED / "figures.json").read_text())
     template = (ROOT / "scripts" / "pocket_card.md.j2").read_text()
     packs = [read_pack(CATALOG / f"{behaviour.name}_pack.json") for behaviour in BEHAVIOURS]
     probes = [json.loads((CATALOG / f"{name}.json").read_text()) for name in PROBES]
-    card = Template(template, trim_blocks=True, lstrip_blocks=True).render(f=rounded, packs=packs, probes=probes)
+    card = Template(template, trim_blocks=True, lstrip_blocks=True).render(f=figures, packs=packs, probes=probes)
     (SHIPPED / "README.md").write_text(card + "\n")
-    print(json.dumps(rounded, indent=2))
 
 
 STAGES = {
@@ -485,6 +503,7 @@ STAGES = {
     "jumprelu": build_jumprelu,
     "topk": build_topk,
     "probes": build_probes,
+    "calibration": calibrate_probes,
     "packs": build_packs,
     "card": build_card,
 }

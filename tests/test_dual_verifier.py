@@ -126,16 +126,14 @@ def test_on_pocket_it_equals_the_two_read_apart():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CandidateWarning)
         reward = FeatureReward.from_pack("pocket/reasoning_pack")
-    shipped = mr.load_probe("pocket/correctness_probe", logits=True)
-    calibrated = as_probe(
-        shipped.card.model_copy(update={"calibration": PLATT}), shipped.weight, shipped.bias, logits=True
-    )
+    shipped = mr.load_probe("pocket/correctness_probe")
+    calibrated = as_probe(shipped.card.model_copy(update={"calibration": PLATT}), shipped.weight, shipped.bias)
     source = mr.HFSource(model, tokenizer, reference=model)
     call = (rollouts.prompts, rollouts.completions, rollouts.completion_ids)
     dual = DualVerifier(reward, calibrated, downweight=0.0)
     found = np.array(dual(*call, source=source))
     raw = np.array(reward(*call, source=source))
-    logits = np.array(FeatureReward(shipped)(*call, source=source))
+    logits = np.array(FeatureReward(shipped, scale="logit")(*call, source=source))
     assert reward.calibration is not None
     flagged = reward.calibration.to_unit(raw) - 1 / (1 + np.exp(-(2 * logits - 1))) > 0.3
     np.testing.assert_allclose(found, np.where(flagged, np.minimum(raw, 0), raw), rtol=1e-5, atol=1e-6)

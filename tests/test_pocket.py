@@ -240,11 +240,19 @@ def test_probe_evidence_holds_on_fresh_rollouts(pocket, name):
     asked = [q for q in asked for _ in range(4)]
     final = [t.rsplit("####", 1)[-1].strip() if "####" in t else "" for t in batch.texts]
     labels = [f == q.answer and (kind == "reasoning" or q.known) for q, f in zip(asked, final, strict=True)]
-    probe = mr.load_probe(f"pocket/{name}", logits=True)
+    probe = mr.load_probe(f"pocket/{name}")
     read = read_forward(model, batch, ReadoutBank([probe]))[probe]
     scores = aggregation("mean_last_32_tokens")(read.values[..., 0], read.mask).nan_to_num()
     card = json.loads((mr.pocket.files().parent.parent / "catalogs" / "pocket" / f"{name}.json").read_text())
     assert auc(scores.numpy(), labels) == pytest.approx(card["evidence"]["auc"]["value"], abs=0.06)
+    calibration = card["calibration"]
+    chance = torch.sigmoid(calibration["slope"] * scores + calibration["intercept"])
+    reward = mr.FeatureReward(probe)
+    found = reward.score(batch, {reward.request: read}).values
+    torch.testing.assert_close(found[~found.isnan()], chance[~found.isnan()])
+    right, brier = torch.tensor(labels).float(), calibration["brier"]
+    assert brier["low"] - 0.03 <= float((chance - right).square().mean()) <= brier["high"] + 0.03
+    assert float(chance.mean()) == pytest.approx(float(right.mean()), abs=0.04 + calibration["ece"])
 
 
 def test_model_id_resolves():

@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -113,15 +114,19 @@ class Fixed(HFSource):
 @pytest.mark.parametrize("how", POOLINGS)
 def test_feature_reward_on_the_loaded_probe_gives_what_training_reported(trained, gemma, tmp_path, how):
     save_probe(trained[how].probe, tmp_path / "p")
-    probe = load_probe(str(tmp_path / "p"), logits=True)
-    reward = FeatureReward(probe)
-    assert reward.aggregation == how
-    scores = reward(TEST.batch.prompts, TEST.batch.completions, source=Fixed(gemma, TEST.batch))
+    probe = load_probe(str(tmp_path / "p"))
+    logit, reward = FeatureReward(probe, scale="logit"), FeatureReward(probe)
+    assert logit.aggregation == reward.aggregation == how and reward.scale == "probability"
+    scores, rewards = (
+        each(TEST.batch.prompts, TEST.batch.completions, source=Fixed(gemma, TEST.batch)) for each in (logit, reward)
+    )
     np.testing.assert_array_equal(scores, trained[how].logits)
     card = json.loads((tmp_path / "p.json").read_text())
     a, b = card["calibration"]["slope"], card["calibration"]["intercept"]
     np.testing.assert_allclose(probe.calibrated(scores), [1 / (1 + math.exp(-(a * s + b))) for s in scores], rtol=1e-12)
-    assert card["evidence"]["auc"]["value"] == pytest.approx(roc_auc_score(TEST.labels, scores), abs=1e-12)
+    np.testing.assert_allclose(rewards, [1 / (1 + math.exp(-(a * s + b))) for s in scores], rtol=1e-6)
+    for each in (scores, rewards):
+        assert card["evidence"]["auc"]["value"] == pytest.approx(roc_auc_score(TEST.labels, each), abs=1e-12)
     assert np.isnan(probe.calibrated([np.nan])).all()
 
 
@@ -131,6 +136,48 @@ def test_logits_equal_float64_on_hidden_states_of_unpadded_rollouts(trained, gem
     tensors = {name: tensor.double().numpy() for name, tensor in load_file(tmp_path / "p.safetensors").items()}
     expected = [logit_by_hand(x, tensors["weight"], tensors["bias"], how) for x in read_tokens(gemma, TEST)]
     np.testing.assert_allclose(trained[how].logits, expected, atol=2e-4 * np.abs(expected).max())
+
+
+WORTH = {8: 4.0, 9: -4.0, 20: 80.0, 21: -80.0}
+"""Logits of four tokens: where one is saturated as a probability, another is twenty times as large."""
+
+
+@pytest.mark.parametrize("how", ["mean", "last", "max", "mean_last_4_tokens", "attention"])
+def test_the_rewards_auc_is_the_cards_where_probabilities_would_saturate(gemma, tmp_path, how):
+    """Card, reward, and the formulas on Hugging Face's hidden states; a mean of probabilities falls far below them."""
+    rng, data = np.random.default_rng(5), rollouts(30, 5)
+    ids = [rng.choice(list(WORTH), rng.integers(8, 16), p=[0.4, 0.4, 0.1, 0.1]).tolist() for _ in data.labels]
+    data = replace(data, batch=replace(data.batch, completion_ids=ids))
+    found = read_tokens(gemma, data)
+    x, worth = np.concatenate(found), np.array([WORTH[token] for row in ids for token in row[:-1]])
+    (*value, bias), *_ = np.linalg.lstsq(np.c_[x, np.ones(len(x))], worth)
+    weight = np.c_[rng.normal(size=len(value)), value] if how == "attention" else np.array(value)[:, None]
+    n = 4 if how == "mean_last_4_tokens" else None
+    by_hand = [
+        logit_by_hand(each[-n:] if n else each, weight if weight.shape[1] == 2 else weight[:, 0],
+                      [0.0, bias] if weight.shape[1] == 2 else [bias], "mean" if n else how)
+        for each in found
+    ]  # fmt: skip
+    labels = by_hand + rng.normal(scale=0.1 * np.std(by_hand), size=len(by_hand)) > np.median(by_hand)
+    card = linear_probe.ProbeCard(
+        name="saturated",
+        hook_point=f"blocks.{LAYER}.hook_resid_post",
+        aggregation=how,
+        evidence={"n": len(labels), "auc": training.bootstrap(training.auc, by_hand, labels), "data": "by hand"},
+        calibration=calibrate(np.array(by_hand), labels, data.groups),
+    )
+    made = linear_probe.as_probe(card, torch.tensor(weight), torch.tensor([0.0, bias][-weight.shape[1] :]))
+    save_probe(made, tmp_path / "p")
+    probe = load_probe(str(tmp_path / "p"))
+    for scale in ("probability", "logit", None):
+        reward = FeatureReward(probe, scale=scale)
+        scores = reward(data.batch.prompts, data.batch.completions, source=Fixed(gemma, data.batch))
+        assert roc_auc_score(labels, scores) == pytest.approx(probe.card.evidence.auc.value, abs=2e-4)
+    assert roc_auc_score(labels, by_hand) == pytest.approx(probe.card.evidence.auc.value, abs=1e-12)
+    assert probe.card.evidence.auc.value > 0.9
+    if "mean" in how:  # max and last keep the order of logits
+        odds = [np.mean(1 / (1 + np.exp(-(each @ weight[:, 0] + bias)[-(n or 99) :]))) for each in found]
+        assert roc_auc_score(labels, odds) < probe.card.evidence.auc.value - 0.1
 
 
 @pytest.mark.parametrize("how", ["mean", "last"])
@@ -397,12 +444,11 @@ def test_attention_goes_with_its_own_probe_only(trained, tmp_path):
     with pytest.raises(ConfigError, match="needs a probe trained with it"):
         FeatureReward(trained["mean"].probe, aggregation="attention")
     save_probe(probe, tmp_path / "p")
-    with pytest.raises(PackError, match="logits=True"):
-        load_probe(str(tmp_path / "p"))
+    assert load_probe(str(tmp_path / "p")).labels == ("score", "value")
     for tensors in ({"weight": torch.ones(32), "bias": torch.ones(1)}, {"weight": torch.ones(32, 2)}):
         save_file(tensors, tmp_path / "p.safetensors")
         with pytest.raises(PackError, match="damaged"):
-            load_probe(str(tmp_path / "p"), logits=True)
+            load_probe(str(tmp_path / "p"))
 
 
 def test_a_card_is_strict(trained, tmp_path):
@@ -425,10 +471,16 @@ def test_a_card_is_strict(trained, tmp_path):
 
 @pytest.mark.parametrize("name", linear_probe.shipped_probes())
 def test_shipped_probes_keep_loading_and_pool_as_they_were_measured(name):
-    probe = load_probe(name, logits=True)
-    assert FeatureReward(probe).aggregation == probe.card.aggregation == "mean_last_32_tokens"
+    probe = load_probe(name)
+    reward = FeatureReward(probe)
+    assert reward.aggregation == probe.card.aggregation == "mean_last_32_tokens" and reward.scale == "probability"
+    assert 0 < probe.calibrated(0.0) < 1 and probe.card.calibration.brier.value < 0.25
+
+
+def test_a_probe_that_was_never_calibrated_says_so(trained):
+    bare = replace(trained["mean"].probe, card=trained["mean"].probe.card.model_copy(update={"calibration": None}))
     with pytest.raises(PackError, match="has no calibration"):
-        probe.calibrated([0.0])
+        bare.calibrated([0.0])
 
 
 # Finding -------------------------------------------------------------------------------------------------------------
@@ -490,7 +542,7 @@ def test_the_command_trains_a_probe_and_draws_the_sweep(data, tmp_path):
     result = train_on(data, out, "--layers", "1,2", "--plot", plot, "--description", "It fits.", "--licence", "MIT")
     assert result.exit_code == 0, result.output
     assert plot.read_bytes()[:4] == b"\x89PNG" and str(plot) in result.output.replace("\n", "")
-    probe = load_probe(str(out), logits=True)
+    probe = load_probe(str(out))
     assert (probe.name, probe.card.description, probe.card.licence) == ("it", "It fits.", "MIT")
     assert len(probe.card.training.layers) == 2 and probe.model_name == "mechreward/pocket"
     shown = command("show", out).output

@@ -26,7 +26,7 @@ from mechreward.errors import ConfigError
 from mechreward.hacking.adversarial import AdversarialSuite
 from mechreward.integrations.server import app as server
 from mechreward.integrations.server import worker as worker_module
-from mechreward.integrations.server.scorer import Rollout, Scorer, Served
+from mechreward.integrations.server.scorer import Rollout, Scorer, Served, build_reward
 from mechreward.integrations.server.worker import Worker, WorkerDied
 from mechreward.pocket.questions import questions
 from serving import (
@@ -1009,3 +1009,13 @@ def test_at_the_end_all_that_was_taken_is_answered_and_nothing_is_left(real, rol
         asked[-1] | {"ms": 0}
     ).items()
     assert {line["status"] for line in asked} >= {200, 404, 415, 422}
+
+
+def test_a_served_probe_is_its_pooled_logit(caplog):
+    """Calibrated or not, and whatever the server's aggregation is."""
+    for how, pooled in ((None, "mean_last_32_tokens"), ("max", "max")):
+        (part,) = build_reward(
+            Served("mechreward/pocket", probes=["pocket/correctness_probe"], aggregation=how)
+        ).rewards
+        assert (part.scale, part.aggregation) == ("logit", pooled)
+    assert not caplog.records

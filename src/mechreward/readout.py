@@ -13,7 +13,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import numpy as np
 import torch
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from mechreward.errors import ModelMismatchError, RewardError
@@ -94,7 +96,7 @@ class Nonlinearity:
     """The encoder's activation function. ``parameters`` are per column, so that it can be sliced with the matrix.
 
     Attributes:
-        kind: ``"identity"`` (probes, directions) z; ``"sigmoid"``; ``"relu"`` max(z, 0);
+        kind: ``"identity"`` (probes, directions) z; ``"relu"`` max(z, 0);
             ``"jumprelu"`` max(z, 0) 1[z > threshold]; ``"topk"`` keeps the k largest z of a token, then max(z, 0);
             ``"groupmax"`` keeps the largest of each of k groups of neighbours, then max(z, 0);
             ``"gated"`` 1[z + b_gate > 0] max(z exp(r_mag) + b_mag, 0).
@@ -102,7 +104,7 @@ class Nonlinearity:
         k: For ``"topk"`` and ``"groupmax"``.
     """
 
-    kind: Literal["identity", "sigmoid", "relu", "jumprelu", "gated", "topk", "groupmax"]
+    kind: Literal["identity", "relu", "jumprelu", "gated", "topk", "groupmax"]
     parameters: dict[str, Tensor]
     k: int = 0
 
@@ -122,8 +124,6 @@ class Nonlinearity:
         p = self.parameters
         if self.kind == "relu":
             return z.relu()
-        if self.kind == "sigmoid":
-            return z.sigmoid()
         if self.kind == "jumprelu":
             return z.relu() * (z > p["threshold"])
         if self.kind == "gated":
@@ -200,6 +200,16 @@ class Readout:
     def width(self) -> int:
         """K, the number of values per token."""
         return len(self.labels)
+
+
+@dataclass(frozen=True, eq=False)
+class LogitReadout(Readout):
+    """A readout that was trained to predict something: its values, pooled by ``aggregation``, are a rollout's logit."""
+
+    @property
+    def probability(self) -> Callable[[ArrayLike], NDArray[np.float64]] | None:
+        """From logits of rollouts to probabilities in 0..1, NaN to NaN; None where it was never calibrated."""
+        return None
 
 
 def direction(name: str, vector: Tensor, hook_point: HookPoint, bias: float = 0.0) -> Readout:

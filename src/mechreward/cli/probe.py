@@ -61,7 +61,7 @@ def train_a_probe(
         draw_sweep(trained.probe.card, plot)
     _tell_probe(trained.probe.card, as_json)
     files = ", ".join(map(str, (*files_of(out), *([plot] if plot else []))))
-    made(f"Saved: {files}. Use it: mr.FeatureReward(mr.load_probe('{out}', logits=True)).", as_json)
+    made(f"Saved: {files}. Use it: mr.FeatureReward(mr.load_probe('{out}')).", as_json)
 
 
 @probe.command("show")
@@ -75,7 +75,7 @@ def show_a_probe(
     """
     from mechreward.probes.linear_probe import load_probe
 
-    _tell_probe(load_probe(name, logits=True).card, as_json)
+    _tell_probe(load_probe(name).card, as_json)
 
 
 def _tell_probe(card: Any, as_json: bool) -> None:

@@ -23,7 +23,7 @@ just when its client sends the next request."""
 def serve(
     model: Annotated[str, typer.Option(help="The model that reads: a hub id or a folder.")],
     pack: Annotated[list[str] | None, typer.Option(help="A pack to reward by; may be repeated.")] = None,
-    probe: Annotated[list[str] | None, typer.Option(help="A probe to reward by; may be repeated.")] = None,
+    probe: Annotated[list[str] | None, typer.Option(help="A probe to reward by, its logit; may be repeated.")] = None,
     weight: Annotated[list[float] | None, typer.Option(help="One for each pack, then for each probe.")] = None,
     verifier: Annotated[str | None, typer.Option(help="Judge outcomes by requests' labels, e.g. math_boxed.")] = None,
     mode: Annotated[str, typer.Option(help="sum, or gated: features count only where the verifier passes.")] = "sum",

@@ -124,7 +124,7 @@ def outfit(config: HackingConfig, arm: str, seed: int, folder: Path) -> arms.Out
     point = defence.features.readout.hook_point
     monitors: list[Reward | Monitor] = [
         Ledger(folder / arms.ROLLOUTS, defence.features, defence.outcome),
-        HeldOut(FeatureReward(defence.held_out), defence.outcome, every=config.every),
+        HeldOut(FeatureReward(defence.held_out, scale="logit"), defence.outcome, every=config.every),
         ProxyGoldGap(defence.features, defence.outcome, every=config.every),
         RepresentationShift(point, defence.features.readout.d_model, every=config.every),
         Collapse(defence.features, every=config.every),
@@ -144,7 +144,7 @@ class Defence:
         features: The rewarded features, as the pack has them.
         outcome: The gold.
         dual: The probe of the dual verifier.
-        held_out: The probe that is only watched; gives logits.
+        held_out: The probe that is only watched.
         learned: The suite's state after the clean rollouts.
         typical: Each detector's median score on clean rollouts.
         deviation: Standard deviation of the features' reward over clean rollouts.
@@ -186,7 +186,7 @@ def prepared(config: HackingConfig) -> Defence:
     if not (folder / "learned.json").exists():
         _prepare(config, folder, features, outcome, sae)
     learned = json.loads((folder / "learned.json").read_text(encoding="utf-8"))
-    dual, held_out = (load_probe(str(folder / name), logits=True) for name in ("dual", "held_out"))
+    dual, held_out = (load_probe(str(folder / name)) for name in ("dual", "held_out"))
     return Defence(features, outcome, dual, held_out, sae=sae, **learned)
 
 
@@ -208,7 +208,7 @@ def _prepare(config: HackingConfig, folder: Path, features: FeatureReward, outco
     for name, half, layer in zip(("dual", "held_out"), halves, (config.dual_layer, config.held_out_layer), strict=True):
         trained = train_probe(model, half, [layer], "last", name=name, model_name=config.model)
         save_probe(trained.probe, folder / name)
-    dual = load_probe(str(folder / "dual"), logits=True)
+    dual = load_probe(str(folder / "dual"))
     batch = clean_rollouts(config, model, tokenizer, questions, config.clean, seed=config.discovery.seed + 1)
     suite = AdversarialSuite.from_preset("standard", sae=sae)
     watched = CompositeReward([outcome, features], guards=[])

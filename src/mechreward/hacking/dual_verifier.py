@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mechreward.errors import ConfigError
 from mechreward.probes.linear_probe import Probe
-from mechreward.readout import IDENTITY, Readings, Reads, Request
+from mechreward.readout import Readings, Reads, Request
 from mechreward.reward.base import Reward, Scores
 from mechreward.reward.feature_reward import FeatureReward
 from mechreward.reward.guards import Verdict, apply_guards
@@ -74,7 +74,7 @@ class Disagreement:
             raise ConfigError(f"There is no action '{action}': use 'downweight' or 'drop'.")
         self.features, self.calibration = feature_reward, calibration
         self.probe = independent_probe
-        self.logits = FeatureReward(replace(independent_probe, nonlinearity=IDENTITY), reads=reads, name="probe")
+        self.logits = FeatureReward(independent_probe, reads=reads, name="probe", scale="logit")
         self.threshold, self.action, self.trust = threshold, action, trust
 
     @property

@@ -47,6 +47,7 @@ from mechreward.reward.guards import (
 )
 from mechreward.reward.normalization import dense_zscore
 from mechreward.reward.outcome import OutcomeReward
+from mechreward.reward.spread import SpreadWatch
 from mechreward.rollout.batch import Call, RolloutBatch
 from mechreward.rollout.capture import (
     GenerationReader,
@@ -152,6 +153,7 @@ class _Step:
     dropped: Tensor | None = None
     generation: GenerationReader | None = None
     scored: list[Scored] = field(default_factory=list)
+    said: dict[Reward, Scores] = field(default_factory=dict)
     rewards: Tensor | None = None
 
 
@@ -216,6 +218,7 @@ class MechRewardGRPOTrainer(GRPOTrainer):
         self._scoring = False
         self.mechreward_reference: torch.nn.Module | None = None  # see rollout/resolve.py
         self.mechreward_gap: float | None = None
+        self._spread = SpreadWatch()
         came_with_adapter = hasattr(model, "peft_config")
         rewards = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         attach(self.guards, rewards)
@@ -533,6 +536,9 @@ class MechRewardGRPOTrainer(GRPOTrainer):
         step.dropped = step.batch.dropped
         with self._naming_the_reward():
             rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        if self.accelerator.is_main_process and batch.training:
+            own, weights = rewards[: len(batch)], self.reward_weights.tolist()
+            self._spread.see(self.reward_funcs, weights, own, step.said, batch.num_generations)
         rewards = self._unscored_filled(rewards, step.batch.num_generations)
         self._run_monitors(step.batch, readings, rewards)
         self._log_step(step.batch)
@@ -851,6 +857,7 @@ class _TappedSource:
     def accept(self, reward: Reward, batch: RolloutBatch, scores: Scores) -> None:
         step = self.trainer._step_state
         step.scored.append(Scored(reward.__name__, batch, scores))
+        step.said[reward] = scores
         step.dense += [(reward, part) for part in scores.dense]
         if batch.dropped is not None:
             step.dropped = batch.dropped if step.dropped is None else step.dropped | batch.dropped

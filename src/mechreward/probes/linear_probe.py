@@ -1,6 +1,7 @@
 """Linear probes: directions and biases, trained to tell a property of a rollout from its residual vectors.
 
-A probe gives each token a logit; its *pooling* makes one logit of a rollout's:
+A probe gives each token a logit; its *pooling* makes one logit of a rollout's, and its *calibration* a probability of
+that. The order matters: a mean of the tokens' probabilities is another number, which tells rollouts apart less well.
 
 - ``mean``, ``last``, ``mean_last_{n}_tokens``: linear, so a logistic regression on the residual vector averaged alike;
 - ``max``: max_t (w . x_t + b);
@@ -14,7 +15,8 @@ evaded, those of max and attention pooling much less.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -31,7 +33,7 @@ from torch import Tensor
 from mechreward.errors import PackError, SAEError, nearest
 from mechreward.features.catalog import CATALOGS, load_pack, shipped_packs
 from mechreward.features.pack import Count, Interval, Share, Text
-from mechreward.readout import HookPoint, Nonlinearity, Readout
+from mechreward.readout import HookPoint, LogitReadout
 from mechreward.schema import Strict, most_telling, sentence
 
 SCHEMA_VERSION = 1
@@ -165,10 +167,11 @@ class ProbeCard(Strict):
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Probe(Readout):
-    """A linear probe as a readout: a probability or a logit on each token; for attention pooling, score and value.
+class Probe(LogitReadout):
+    """A linear probe as a readout: a logit on each token; for attention pooling, score and value.
 
-    ``FeatureReward(probe)`` pools as the probe was trained. With ``logits=True`` that is the rollout's logit.
+    ``FeatureReward(probe)`` pools as the probe was trained, and makes a probability of the rollout's logit where the
+    card has a calibration.
 
     Attributes:
         card: Where it reads, and its evidence.
@@ -176,11 +179,16 @@ class Probe(Readout):
 
     card: ProbeCard
 
+    @property
+    def probability(self) -> Callable[[ArrayLike], NDArray[np.float64]] | None:
+        """The card's calibration, or None."""
+        return None if self.card.calibration is None else self.card.calibration.probability
+
     def calibrated(self, logits: ArrayLike) -> NDArray[np.float64]:
         """The probability that a rollout shows the behaviour.
 
         Args:
-            logits: Of rollouts, any shape, as ``FeatureReward(load_probe(name, logits=True))`` gives them.
+            logits: Of rollouts, any shape, as ``FeatureReward(probe, scale="logit")`` gives them.
 
         Returns:
             In [0, 1], the same shape, float64; NaN stays NaN.
@@ -194,9 +202,14 @@ class Probe(Readout):
 
 
 def linear_probe(
-    name: str, weight: Tensor, bias: float, hook_point: HookPoint, model_name: str | None = None, logits: bool = False
+    name: str,
+    weight: Tensor,
+    bias: float,
+    hook_point: HookPoint,
+    model_name: str | None = None,
+    logits: bool | None = None,
 ) -> Probe:
-    """A logistic probe as a readout: sigmoid(x . w + b) on each token, or the logit itself.
+    """A logistic probe as a readout: the logit x . w + b on each token, pooled by its mean.
 
     Args:
         name: What it is called in logs.
@@ -204,37 +217,30 @@ def linear_probe(
         bias: The intercept.
         hook_point: Where it reads.
         model_name: The model that it was trained on.
-        logits: Return x . w + b.
+        logits: As for :func:`load_probe`.
+
+    Raises:
+        PackError: ``logits=False``.
     """
+    _check_logits(logits)
     card = ProbeCard(name=name, hook_point=str(hook_point), model=model_name)
-    return as_probe(card, weight.reshape(-1, 1), torch.tensor([float(bias)]), logits)
+    return as_probe(card, weight.reshape(-1, 1), torch.tensor([float(bias)]))
 
 
-def as_probe(card: ProbeCard, weight: Tensor, bias: Tensor, logits: bool = False) -> Probe:
+def as_probe(card: ProbeCard, weight: Tensor, bias: Tensor) -> Probe:
     """A card and its weights as a readout.
 
     Args:
         card: Says where it reads and how it pools.
         weight: ``[d_model, 1]``, or for attention pooling ``[d_model, 2]``, score and value.
         bias: ``[1]`` or ``[2]``.
-        logits: Logits on each token, not probabilities.
-
-    Raises:
-        PackError: Probabilities are asked of attention pooling.
     """
-    attention = card.aggregation == "attention"
-    if attention and not logits:
-        raise PackError(
-            f"Probe '{card.name}' pools by attention, over logits: load it with logits=True; its calibrated() makes a "
-            "probability of a rollout's logit."
-        )
     return Probe(
         name=card.name,
-        labels=("score", "value") if attention else (card.name,),
+        labels=("score", "value") if card.aggregation == "attention" else (card.name,),
         hook_point=HookPoint.parse(card.hook_point),
         weight=weight.float(),
         bias=bias.float(),
-        nonlinearity=Nonlinearity("identity" if logits else "sigmoid", {}),
         model_name=card.model,
         aggregation=card.aggregation,
         card=card,
@@ -278,19 +284,19 @@ def shipped_probes() -> list[str]:
     return sorted(f"{file.parent.name}/{file.stem}" for file in CATALOGS.glob("*/*_probe.json"))
 
 
-def load_probe(name: str, logits: bool = False) -> Probe:
-    """A probe from the shipped catalogs, from a path, or from the hub.
+def load_probe(name: str, logits: bool | None = None) -> Probe:
+    """A probe from the shipped catalogs, from a path, or from the hub: a logit on each token.
 
     Args:
         name: ``"pocket/fact_retrieval_probe"``; a path to ``.json`` beside ``.safetensors``, with or without suffix; or
             ``"hf:user/repository/name"``.
-        logits: Return logits instead of probabilities. Pooled by :class:`FeatureReward`, logits are what the probe was
-            trained on; a mean of probabilities is another number, in [0, 1].
+        logits: Leave it out. It once chose between logits and probabilities of the tokens, whose mean is not what a
+            probe was trained to be.
 
     Raises:
-        PackError: There is none (the error says how to train one), its files are damaged, or an attention probe is
-            loaded without ``logits``.
+        PackError: There is none (the error says how to train one), its files are damaged, or ``logits=False``.
     """
+    _check_logits(logits)
     card_file, weights_file = _fetched(name) if name.startswith("hf:") else _found(name)
     damaged = f"Probe '{name}' is damaged"
     try:
@@ -313,7 +319,18 @@ def load_probe(name: str, logits: bool = False) -> Probe:
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         said = " ".join(str(error).split())
         raise PackError(f"{damaged} ({type(error).__name__}: {said}): fetch it again.") from error
-    return as_probe(card, weight.reshape(len(weight), -1), bias, logits)
+    return as_probe(card, weight.reshape(len(weight), -1), bias)
+
+
+def _check_logits(logits: bool | None) -> None:
+    """Accept what older code passes, as long as it means what is done."""
+    if logits:
+        warnings.warn("A probe gives logits by default: leave logits=True out.", DeprecationWarning, stacklevel=3)
+    elif logits is not None:
+        raise PackError(
+            "A probe gives logits, and its tokens' probabilities are no longer to be had (logits=False): for the "
+            'probability of a rollout, use FeatureReward(probe, scale="probability").'
+        )
 
 
 def _found(name: str) -> tuple[Path, Path]:

@@ -79,9 +79,9 @@ class Trained:
     """What training gives.
 
     Attributes:
-        probe: With its card; gives logits.
+        probe: With its card.
         held_out: The rollouts that judged it, m of them.
-        logits: Their logits, ``[m]`` float64, as ``FeatureReward(probe)`` scores them.
+        logits: Their logits, ``[m]`` float64, as ``FeatureReward(probe, scale="logit")`` scores them.
     """
 
     probe: Probe
@@ -168,7 +168,7 @@ def train_probe(
         ),
         licence=licence,
     )
-    probe = as_probe(card, torch.tensor(weight), torch.tensor(bias), logits=True)
+    probe = as_probe(card, torch.tensor(weight), torch.tensor(bias))
     logits = rollout_logits(model, test, probe)
     card = card.model_copy(
         update={
@@ -217,8 +217,8 @@ def _fit_over_tokens(
 
 
 def rollout_logits(model: Any, data: Labelled, probe: Probe) -> Floats:
-    """A logit for each rollout, ``[n]`` float64: what a :class:`FeatureReward` of the probe gives."""
-    reward = FeatureReward(probe)
+    """A logit for each rollout, ``[n]`` float64: what a :class:`FeatureReward` of the probe pools."""
+    reward = FeatureReward(probe, scale="logit")
     readings = read_forward(model, data.batch, ReadoutBank([probe]))
     return reward.score(data.batch, {reward.request: readings[probe]}).values.double().numpy()
 

@@ -34,7 +34,7 @@ class Served:
     Attributes:
         model: A folder, an id of the hub, or ``mechreward/pocket``.
         packs: Packs, each a reward.
-        probes: Probes, each a reward.
+        probes: Probes, each a reward: its pooled logit.
         weights: One per pack, then one per probe; 1 each by default.
         verifier: Name of the verifier that judges outcomes by the requests' labels; None for no outcome.
         mode: How outcome and features are combined: ``"sum"`` or ``"gated"``, as in ``CompositeReward``.
@@ -213,7 +213,7 @@ def build_reward(served: Served) -> CompositeReward:
     from mechreward.probes.linear_probe import load_probe
 
     parts: list[Reward] = [FeatureReward.from_pack(name, aggregation=served.aggregation) for name in served.packs]
-    parts += [FeatureReward(load_probe(name, logits=True), aggregation=served.aggregation) for name in served.probes]
+    parts += [FeatureReward(load_probe(p), aggregation=served.aggregation, scale="logit") for p in served.probes]
     if not parts:
         raise ConfigError("There is nothing to serve: give a pack or a probe.")
     weights = [1.0] * len(parts) if served.weights is None else list(served.weights)
