@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mechreward.errors import ConfigError, RewardError
-from mechreward.hacking import RepetitionDetector, Verdict
+from mechreward.hacking import OneSidedPenalty, RepetitionDetector, Verdict
 from mechreward.reward.base import Reward, Scores
 from mechreward.reward.composition import CompositeReward, Hero, warn_if_weight_cancels
 from mechreward.reward.feature_reward import FeatureReward
@@ -126,6 +126,38 @@ def test_what_cannot_be_read_never_outranks_a_right_answer_nor_escapes_a_penalty
                 assert got[i] < got[j] or options == {"mode": "gated"}
             elif right[i] == right[j]:
                 assert got[i] <= got[j] + 1e-4
+
+
+def test_an_unknown_outcome_is_not_the_least_favourable_one():
+    concept = FeatureReward(one_column("concept"))
+    penalised = OneSidedPenalty(outcome(), concept)
+    read = {concept.request: readings_of([[(1.0, True)]] * 4)}
+    batch = rollouts(4, columns={"right": [1.0, None, 0.0, 0.0]})
+    close(CompositeReward([penalised]).score(batch, read).values, [1, NAN, 0, 0])
+    gated = hybrid("gated", name="inner")
+    batch = rollouts(4, columns={"right": [1.0, None, 0.0, 0.0], "f": [1.0] * 4, "g": [0.5] * 4})
+    close(CompositeReward([gated, Given("g")]).score(batch, {}).values, [2.5, 0.5, 0.5, 0.5])
+
+
+def test_nothing_to_score():
+    assert CompositeReward([outcome(), Given("f")])([], [], right=[], f=[]) == []
+
+
+def test_a_part_that_raises_in_one_process_leaves_the_others_in_step():
+    class Raises(Given):
+        def score(self, batch, readings, sense=1.0):
+            if batch.process_index == 0:
+                raise ValueError("only here")
+            return super().score(batch, readings, sense)
+
+    def work(rank, gather):
+        batch = rollouts(2, 2, columns={"a": [1.0, 2.0], "b": [3.0, NAN]}, gather=gather, process_index=rank)
+        try:
+            return CompositeReward([Raises("a"), Given("b")]).score(batch, {}).values.tolist()
+        except ValueError as error:
+            return str(error)
+
+    assert World(2).run(work) == ["only here", [4.0, 5.0]]  # a barrier would break if one of them gathered less
 
 
 def test_reading_nothing_at_all():

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,6 +30,7 @@ from mechreward.hacking.signs import (
 )
 from mechreward.integrations.server.protocol import ScoreRequest
 from mechreward.integrations.server.scorer import Rollout, Scorer, Served
+from mechreward.integrations.trl_grpo import _TappedSource
 from mechreward.readout import HookPoint, Readings
 from mechreward.rollout.batch import Call, RolloutBatch, own_text, plain_text
 from mechreward.rollout.hf import HFSource, load_model
@@ -262,7 +264,13 @@ def test_the_server_scores_several_turns_by_their_mask(tool_run):
 
 
 @pytest.mark.parametrize(
-    ("mask", "says"), [([[1]], "1 flags in response_mask for the 2"), ([[1, 2]], "less than or equal"), ([], "0 resp")]
+    ("mask", "says"),
+    [
+        ([[1]], "1 flags in response_mask for the 2"),
+        ([[1, 2]], "less than or equal"),
+        ([], "0 resp"),
+        ([[0, 0]], "no token in rollout 0 that the model wrote"),
+    ],
 )
 def test_a_mask_that_does_not_fit_is_refused_by_the_protocol(mask, says):
     with pytest.raises(ValueError, match=says):
@@ -270,11 +278,11 @@ def test_a_mask_that_does_not_fit_is_refused_by_the_protocol(mask, says):
     ScoreRequest(prompt_ids=[[1]], response_ids=[[3, 4]], response_mask=[[True, False]])
 
 
-def test_a_group_in_which_nothing_was_read_has_no_reward_whatever_is_batched_with_it(tool_run):
+def test_a_group_in_which_nothing_can_be_read_is_scored_whatever_is_batched_with_it(tool_run):
     _, tokenizer, batch = tool_run
-    scorer = Scorer(Served("mechreward/pocket", ("pocket/reasoning_pack",)))
     prompt, end = batch.prompt_ids[0], [tokenizer.eos_token_id]
     full = list(batch.completion_ids[0][:9])
+    scorer = Scorer(Served("mechreward/pocket", ("pocket/reasoning_pack",)))
     alone, beside = scorer.score([Rollout(prompt, end)]), scorer.score([Rollout(prompt, end), Rollout(prompt, full)])
     assert alone[0].reward is None and beside[0].reward is None and beside[1].reward is not None
     # In a group, it counts as the least that a rollout of the group has read.
@@ -282,6 +290,13 @@ def test_a_group_in_which_nothing_was_read_has_no_reward_whatever_is_batched_wit
     group = scorer.score([Rollout(prompt, each, None, 3) for each in (end, full, other)])
     assert group[0].reward == pytest.approx(min(group[1].reward, group[2].reward))
     assert group[0].token_rewards == [group[0].reward]
+    # The outcome counts as it is.
+    scorer = Scorer(Served("mechreward/pocket", ("pocket/reasoning_pack",), verifier="exact_match"))
+    seven = tokenizer("7", add_special_tokens=False).input_ids[-1:]
+    asked = [Rollout(prompt, seven, "7"), Rollout(prompt, full, "7"), Rollout(prompt, end, "7")]
+    right, _, ended = scorer.score(asked)
+    assert (right.reward, right.token_rewards) == (1.0, [1.0]) and ended.reward == 0.0
+    assert scorer.score(asked[:1])[0].reward == 1.0
 
 
 # -- sources called by hand --------------------------------------------------------------------------------------------
@@ -300,8 +315,17 @@ def test_a_models_readings_leave_out_what_others_wrote(tool_run):
     moved[1]["content"] = " 5 or 6"
     other = source.batch(Call([PROMPT], [moved]))
     assert other.written == batch.written and other.completion_ids != batch.completion_ids
+    under_way = source.batch(Call([PROMPT], [conversation[:2]]))
+    assert tokenizer.eos_token_id not in under_way.completion_ids[0]  # nobody has written an end
     with pytest.raises(RewardError, match="completion_ids"):
         reward([PROMPT], [conversation], [[5, 6, 7]], source=source)
+
+
+def test_a_function_around_a_reward_may_change_texts_but_not_past_a_mask():
+    for mask, want in ((None, "changed"), ([[1, 0]], "as decoded")):
+        step = SimpleNamespace(batch=masked([[5, 6]], mask, completions=["as decoded"]))
+        source = _TappedSource(SimpleNamespace(_step_state=step, rollout_func=lambda: None))
+        assert source.batch(Call(["p"], ["changed"])).texts == [want]
 
 
 # -- through TRL -------------------------------------------------------------------------------------------------------

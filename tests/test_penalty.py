@@ -84,9 +84,11 @@ def test_each_group_has_its_own_mean():
 
 def test_what_is_not_known():
     scores = lowered([1.0, math.nan, 1.0, 1.0], [math.nan, 4.0, 0.0, 2.0])
-    # The concept's mean is 2 over three: the second stands out but has no reward, the first cannot be read.
-    assert scores.values[0] == 1.0 and scores.values[1].isnan() and scores.values[2] == 1.0
-    assert scores.values[3] == 1.0
+    # The concept's mean is 2 over three: the second stands out but has no reward; the first cannot be read, and counts
+    # as the second.
+    z = 2 / (2 + 0.1)
+    assert scores.values[0] == pytest.approx(1 - 2 / (1 + math.exp(-z)), abs=1e-6)
+    assert scores.values[1].isnan() and scores.values[2] == 1.0 and scores.values[3] == 1.0
     assert lowered([1.0] * 4, [math.nan] * 4).values.tolist() == [1.0] * 4
 
 

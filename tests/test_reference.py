@@ -164,6 +164,20 @@ class TestAnotherModelIsRefused:
         train = lambda: trained(trainer_class, tmp_path, STARTS[start](), beta=0.04)  # noqa: E731
         refused(train, "another model", "save_pretrained", "beta=0")
 
+    @pytest.mark.parametrize("first", [0, 3])
+    def test_at_every_layer_that_any_reward_of_a_plain_trainer_reads(self, tmp_path, first):
+        model = pocket()
+        with torch.no_grad():  # the streams differ after the last layer alone
+            model.model.layers[3].post_feedforward_layernorm.weight.add_(1.0)
+        layers = [first, 3 - first]
+        rewards = [
+            mr.FeatureReward(mr.direction(f"at{n}", torch.ones(128), mr.HookPoint(n)), name=f"at{n}", reads="reference")
+            for n in layers
+        ]
+        args = GRPOConfig(**options(tmp_path, **(FAST | {"beta": 0.04})))
+        trainer = GRPOTrainer(model, rewards, args, mr.pocket.dataset("train", 32))
+        refused(trainer.train, "another model")
+
     def test_other_weights_in_a_subfolder(self, tmp_path):
         pocket().save_pretrained(tmp_path)
         moved(pocket()).save_pretrained(tmp_path / "start")

@@ -20,7 +20,7 @@ from mechreward.errors import ConfigError, ModelMismatchError, RewardError
 from mechreward.integrations.trl_grpo import MechRewardGRPOConfig, MechRewardGRPOTrainer
 from mechreward.readout import Request
 from mechreward.reward.base import Reward, Scores
-from mechreward.reward.guards import RepetitionDetector
+from mechreward.reward.guards import RepetitionDetector, Verdict
 from mechreward.rollout.batch import Call
 from mechreward.rollout.resolve import describe
 
@@ -567,6 +567,32 @@ class TestBadInput:
         assert (features < -500).all() and not right.isnan().any()
         assert torch.equal(features[:, 3], features[:, :3].min(dim=1).values)  # TRL's sum would take it for 0
         assert (features[:, :3].std(dim=1) > 0).all()
+
+    def test_what_a_guard_drops_and_what_weighs_nothing_are_not_filled(self, tmp_path):
+        class DropsTheFirst:
+            requests = ()
+
+            def __call__(self, batch, readings):
+                first = torch.arange(len(batch)) % 4 == 0
+                return Verdict(torch.ones(len(batch)), first, [[] for _ in first])
+
+        def rollout(prompts, trainer):
+            ids = trainer._tokenize_prompts(prompts)[0]
+            done = [[2] if i % 4 == 3 else [*p[: 3 + i % 4], 2] for i, p in enumerate(ids)]
+            return {"prompt_ids": ids, "completion_ids": done, "logprobs": None}
+
+        rewards = [mr.FeatureReward(mr.direction(n, VECTOR, POINT), name=n) for n in "ab"]
+        outcome = mr.OutcomeReward(mr.verifiers.math_boxed)
+        args = MechRewardGRPOConfig(**options(tmp_path, max_steps=1, reward_weights=[1.0, 0.0, 1.0]))
+        trainer = Recorder(
+            mr.pocket.path(), [*rewards, outcome], args, mr.pocket.dataset("train", 32), rollout_func=rollout,
+            guards=[DropsTheFirst()],
+        )  # fmt: skip
+        trainer.train()
+        a, b, _ = trainer.reward_tables[0].view(-1, 4, 3).unbind(-1)
+        assert a[:, 0].isnan().all() and b[:, 0].isnan().all()  # dropped
+        assert torch.equal(a[:, 3], a[:, 1:3].min(dim=1).values) and b[:, 3].isnan().all()
+        assert trainer.state.log_history[0]["a/unscored"] == 2 and "b/unscored" not in trainer.state.log_history[0]
 
 
 def test_readouts_at_several_layers_and_models(tmp_path):

@@ -7,7 +7,6 @@ architectures are often equally wide. So the name decides whether the policy can
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from typing import NamedTuple
 
 UNNAMED = "unknown"
@@ -138,24 +137,28 @@ _WHOLE = [
 ]
 
 
-def families(name: str) -> Sequence[Family]:
-    """The families that a model's name names: of a hub id without its owner, of a path the last part that names one.
+_STAGE = re.compile(r"(checkpoint|ckpt|step|epoch|final|last|latest|best|merged|model|hf|policy)?[-\d]*")
+"""What folders inside a model's own folder are called."""
+
+
+def families(name: str) -> list[Family]:
+    """The families that a model's name names.
 
     Args:
-        name: A hub id, a short name, or a path.
+        name: A short name; a hub id, whose owner does not count; or a path, of which the last part counts that is not
+            ``checkpoint-500`` and the like, or the name in the hub's cache (``models--owner--name/snapshots/...``).
     """
     parts = re.sub(r"[_\s]+", "-", name.lower()).replace("\\", "/").strip("/").split("/")
-    if len(parts) == 2 and not name.startswith(("/", ".")):
-        parts = parts[1:]  # owner/name
-    for part in reversed(parts):
-        found = []
-        for family, whole in zip(FAMILIES, _WHOLE, strict=True):
-            part, times = whole.subn("/", part)
-            if times:
-                found.append(family)
-        if found:
-            return found
-    return ()
+    cached = [part.split("--")[-1] for part in parts if part.startswith("models--")]
+    while len(parts) > 1 and _STAGE.fullmatch(parts[-1]):
+        parts.pop()
+    part = cached[-1] if cached else parts[-1]
+    found = []
+    for family, whole in zip(FAMILIES, _WHOLE, strict=True):
+        part, times = whole.subn("/", part)
+        if times:
+            found.append(family)
+    return found
 
 
 def model_types(name: str) -> frozenset[str]:

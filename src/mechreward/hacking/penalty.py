@@ -18,7 +18,7 @@ import torch
 from mechreward.errors import ConfigError, RewardError, nearest
 from mechreward.readout import Readings, Request
 from mechreward.reward.base import Reward, Scores
-from mechreward.reward.composition import is_dense
+from mechreward.reward.composition import is_dense, least_favourable
 from mechreward.reward.feature_reward import FeatureReward
 from mechreward.reward.normalization import nan_moments
 from mechreward.rollout.batch import RolloutBatch
@@ -40,7 +40,8 @@ class OneSidedPenalty(Reward):
     its mean whether or not any rollout shows the concept: ``eps``, in the concept's own units, keeps such differences
     small for the additive form alone.
 
-    A rollout whose concept cannot be read (no token) keeps its reward, and one without a reward has none.
+    A rollout whose concept cannot be read (no token) counts as the one of its group that shows most of it, so that
+    ending at once is no way out; where none can be read, nothing is penalised. One without a reward has none.
 
     Args:
         reward: What is rewarded: a composite, an OutcomeReward, any other.
@@ -106,7 +107,8 @@ class OneSidedPenalty(Reward):
         concept = self.concept.score(batch, readings).parts["raw"]  # before any guard: no trust lifts the penalty
         grouped = batch.grouped(concept).double()
         mean, std = nan_moments(grouped)
-        z = batch.local((grouped - mean) / (std + self.eps)).float()
+        most = least_favourable(grouped[..., None], torch.tensor([-1.0]))[..., 0]  # subtracted
+        z = batch.local((most - mean) / (std + self.eps)).float()
         above = z.nan_to_num(0.0).clamp(min=0)
         if self.form == "multiplicative":
             lower = scores.values * (1 - self.alpha * above.sigmoid() * (above > 0))

@@ -33,7 +33,7 @@ from mechreward.hacking.regularization import adapted, check_options, scheduled
 from mechreward.integrations.recording import Recording, Scored
 from mechreward.readout import Readings, Readout, ReadoutBank, Request
 from mechreward.reward.base import Dense, Reward, Scores
-from mechreward.reward.composition import least_favourable, warn_if_weight_cancels
+from mechreward.reward.composition import holds_outcome, least_favourable, warn_if_weight_cancels
 from mechreward.reward.guards import (
     Guard,
     RepetitionDetector,
@@ -46,7 +46,6 @@ from mechreward.reward.guards import (
     load_guards_state,
 )
 from mechreward.reward.normalization import dense_zscore
-from mechreward.reward.outcome import OutcomeReward
 from mechreward.reward.spread import SpreadWatch
 from mechreward.rollout.batch import Call, RolloutBatch
 from mechreward.rollout.capture import (
@@ -539,26 +538,33 @@ class MechRewardGRPOTrainer(GRPOTrainer):
         if self.accelerator.is_main_process and batch.training:
             own, weights = rewards[: len(batch)], self.reward_weights.tolist()
             self._spread.see(self.reward_funcs, weights, own, step.said, batch.num_generations)
-        rewards = self._unscored_filled(rewards, step.batch.num_generations)
+        gather: Any = self.accelerator.gather
+        dropped = None if step.dropped is None else gather(step.dropped.to(rewards.device))
+        rewards = self._unscored_filled(rewards, step.batch.num_generations, dropped)
         self._run_monitors(step.batch, readings, rewards)
         self._log_step(step.batch)
-        if step.dropped is not None:
-            everyone = self.accelerator.gather(step.dropped.to(rewards.device))
-            rewards = rewards.masked_fill(everyone[:, None], torch.nan)  # type: ignore[index]
+        if dropped is not None:
+            rewards = rewards.masked_fill(dropped[:, None], torch.nan)
         step.rewards = rewards
         return rewards
 
-    def _unscored_filled(self, rewards: Tensor, num_generations: int) -> Tensor:
+    def _unscored_filled(self, rewards: Tensor, num_generations: int, dropped: Tensor | None) -> Tensor:
         """Rewards ``[B x processes, F]`` with what our functions could not score, as in a :class:`CompositeReward`.
 
         TRL adds the functions' rewards and leaves out what is missing, which would be the way out of a penalty.
         """
-        ours = [
-            i for i, r in enumerate(self.reward_funcs) if isinstance(r, Reward) and not isinstance(r, OutcomeReward)
-        ]
-        if len(self.reward_funcs) > 1 and ours:
-            groups = rewards[:, ours].view(-1, num_generations, len(ours))
-            rewards[:, ours] = least_favourable(groups, self.reward_weights[ours].to(rewards.device)).flatten(0, 1)
+        pairs = enumerate(zip(self.reward_funcs, self.reward_weights.tolist(), strict=True))
+        ours = [i for i, (f, weight) in pairs if isinstance(f, Reward) and not holds_outcome(f) and weight]
+        if len(self.reward_funcs) == 1 or not ours:
+            return rewards
+        before = rewards[:, ours]
+        groups = before.view(-1, num_generations, len(ours))
+        filled = least_favourable(groups, self.reward_weights[ours].to(rewards.device)).flatten(0, 1)
+        if dropped is not None:  # taken out of training: that is not for want of a reading
+            filled = torch.where(dropped[:, None], before, filled)
+        for i, unscored in zip(ours, (before.isnan() & ~filled.isnan()).sum(dim=0).tolist(), strict=True):
+            self._log_metric(f"{self.reward_func_names[i]}/unscored", float(unscored))
+        rewards[:, ours] = filled
         return rewards
 
     @contextmanager
@@ -848,7 +854,8 @@ class _TappedSource:
         batch = self.trainer._step_state.batch
         assert batch is not None  # set by _generate
         # A function around a reward may change the texts. TRL tells it nothing of a rollout_func's mask.
-        completions = batch.completions if self.trainer.rollout_func is not None else call.completions
+        masked = batch.tool_mask is not None and self.trainer.rollout_func is not None
+        completions = batch.completions if masked else call.completions
         return replace(batch, prompts=call.prompts, completions=completions, columns=call.columns)
 
     def read(self, batch: RolloutBatch, requests: Sequence[Request]) -> Mapping[Request, Readings]:

@@ -71,7 +71,7 @@ class CompositeReward(Reward):
         ``"gated"``: features count only where the verifier passes (``gate="passes"``), or only as a penalty
             (``gate="penalty"``: min(features, 0)).
 
-    Where a part other than the outcome cannot score a rollout (no token of it is read), the part counts as the least
+    Where a part that holds no outcome cannot score a rollout (no token of it is read), the part counts as the least
     favourable of its values in the rollout's group, by the sign with which it is used; where the group has none, in
     the batch; where that has none either, as 0. So a completion that ends at once neither outranks a right one nor
     escapes a penalty. ``<part>/unscored`` logs how many there were.
@@ -130,6 +130,7 @@ class CompositeReward(Reward):
                 f"aggregation='per_token' acts through the advantages, past mode='{mode}': use mode='sum', or another "
                 "aggregation."
             )
+        self.filled = [i for i, r in enumerate(self.rewards) if not holds_outcome(r)]
         self.sigma_bar: float | None = None
         attach(self.guards or [], [self])
 
@@ -155,16 +156,21 @@ class CompositeReward(Reward):
 
     def score(self, batch: RolloutBatch, readings: Mapping[Request, Readings], sense: float = 1.0) -> Scores:
         """Score every part, then combine."""
-        scores = [
-            reward.score(batch, readings, sense * math.copysign(1.0, weight))
-            for reward, weight in zip(self.rewards, self.weights, strict=True)
-        ]
+        scores, error = [], None
+        for reward, weight in zip(self.rewards, self.weights, strict=True):
+            try:
+                scores.append(reward.score(batch, readings, sense * math.copysign(1.0, weight)))
+            except Exception as raised:  # first all processes gather as often: the others may have raised nothing
+                error = error or raised
+                scores.append(Scores(torch.full((len(batch),), torch.nan)))
         values = self._filled([s.values for s in scores], batch, sense)  # [parts, B]
+        if error is not None:
+            raise error
         combined = self._combined(values, batch)
         parts, metrics = {}, {}
         for i, (label, weight, s) in enumerate(zip(labels(self.rewards), self.weights, scores, strict=True)):
             parts[label] = s.values
-            if i not in self.outcomes:
+            if i in self.filled:
                 metrics[f"{label}/unscored"] = float(s.values.isnan().sum())
             parts |= {f"{label}/{name}": part for name, part in s.parts.items()}
             metrics |= {f"{label}/{name}": metric for name, metric in s.metrics.items()}
@@ -206,9 +212,11 @@ class CompositeReward(Reward):
         """The parts' values ``[parts, B]``, with what counts in place of those that could not be scored."""
         scored = torch.stack(list(values))
         signs = torch.tensor([sense * math.copysign(1.0, weight) for weight in self.weights])
-        filled = batch.local(least_favourable(batch.grouped(scored.T), signs)).T
-        filled[self.outcomes] = scored[self.outcomes]
-        return filled
+        if not self.filled:
+            return scored
+        least = batch.local(least_favourable(batch.grouped(scored.T), signs)).T
+        scored[self.filled] = least[self.filled]
+        return scored
 
     def _combined(self, values: Tensor, batch: RolloutBatch) -> Tensor:
         return {"sum": self._sum, "hero": self._hero, "gated": self._gated}[self.mode](values, batch)
@@ -280,12 +288,19 @@ def least_favourable(values: Tensor, signs: Tensor) -> Tensor:
         The same shape: for NaN the least of sign x value in the group, else of all groups. A reward without any value
         stays NaN.
     """
+    if not values.numel():
+        return values
     signs, unscored = signs.sign(), values.isnan()
     worth = (values * signs).masked_fill(unscored, torch.inf)
     none_in_group = unscored.all(dim=1, keepdim=True)
     least = torch.where(none_in_group, worth.amin(dim=(0, 1)), worth.amin(dim=1, keepdim=True))
     least = least.masked_fill(unscored.all(dim=1).all(dim=0), torch.nan) * signs
     return torch.where(unscored, least, values)
+
+
+def holds_outcome(reward: Any) -> bool:
+    """Whether it is an outcome, or is made of one: that an outcome is unknown is no fault of the rollout."""
+    return any(isinstance(part, OutcomeReward) for part in all_within([reward]))
 
 
 def is_dense(reward: Reward) -> bool:

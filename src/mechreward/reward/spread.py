@@ -11,10 +11,8 @@ import torch
 from torch import Tensor
 
 from mechreward.reward.base import Reward, Scores
-from mechreward.reward.composition import CompositeReward, labels
-from mechreward.reward.guards import all_within
+from mechreward.reward.composition import CompositeReward, holds_outcome, labels
 from mechreward.reward.normalization import nan_moments
-from mechreward.reward.outcome import OutcomeReward
 
 logger = logging.getLogger(__name__)
 
@@ -28,8 +26,9 @@ class SpreadWatch:
     of a question's rollouts are preferred. Compared are the means, over :data:`STEPS` generation steps and their
     groups, of  std(weight x part)  and of  std(sum of weight x outcome).
 
-    The outcome is what reads no activations: OutcomeRewards, and reward functions that are not of this library. Parts
-    of a composite are told apart in ``mode="sum"``; the other modes hold features within what the outcome allows.
+    The outcome is what reads no activations, OutcomeRewards and reward functions that are not of this library, and what
+    is made of an outcome. Parts of a composite are told apart in ``mode="sum"``; the other modes hold features within
+    what the outcome allows.
     """
 
     def __init__(self):
@@ -61,9 +60,9 @@ class SpreadWatch:
         for i, (reward, weight, column) in enumerate(zip(rewards, weights, columns, strict=True)):
             said = scores[reward].parts if reward in scores else {}
             for name, part, weighted in _parts(reward, weight, column, said):
-                if not getattr(part, "requests", ()):
+                if holds_outcome(part) or not getattr(part, "requests", ()):
                     outcome.append(weighted)
-                elif not any(isinstance(each, OutcomeReward) for each in all_within([part])):
+                else:
                     self._total[i, name] += _spread(weighted, group)
         if outcome:
             stacked = torch.stack(outcome)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mechreward.errors import CaptureError, ModelMismatchError
-from mechreward.families import UNNAMED, model_types
+from mechreward.families import UNNAMED, families, model_types
 from mechreward.readout import HookPoint, Readout, ReadoutBank
 
 logger = logging.getLogger(__name__)
@@ -165,7 +165,8 @@ def check_family(readout: Readout, types: Collection[str], model_name: str) -> N
     Args:
         readout: With the name of the model that it was made for.
         types: The ``model_type`` of the model's text configuration, and of the whole.
-        model_name: What the model was loaded from: of the same name, it is the right one.
+        model_name: What the model was loaded from: of the same name, or of a name of the same family (which some
+            publish under another ``model_type``), it is the right one.
 
     Raises:
         ModelMismatchError: No model of that name has one of these types.
@@ -175,7 +176,7 @@ def check_family(readout: Readout, types: Collection[str], model_name: str) -> N
     fitting = model_types(readout.model_name)
     if not fitting:
         _say_unknown(readout.model_name)
-    elif fitting.isdisjoint(types):
+    elif fitting.isdisjoint(types) and families(readout.model_name) != families(model_name):
         raise ModelMismatchError(
             f"'{readout.name}' was made for {readout.model_name}, but the model is a {next(iter(types))}: "
             "use an SAE or probe of this model."

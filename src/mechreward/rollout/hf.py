@@ -231,7 +231,9 @@ class HFSource:
             own = self.tokenizer(text, add_special_tokens=False).input_ids
             ids += own
             mask += [int(not holds_others_turns([message]))] * len(own)
-        end = end_token(self.models["policy"], self.tokenizer)
+        # What ends with a tool's or a user's message is under way: the model has written no end.
+        ended = not messages or not holds_others_turns([messages[-1]])
+        end = end_token(self.models["policy"], self.tokenizer) if ended else []
         return [*ids, *end], [*mask, *[1] * len(end)]
 
     def _prompt_ids(self, prompt: Text) -> list[int]:

@@ -61,6 +61,8 @@ class ScoreRequest(_Checked):
         for row, (mask, ids) in enumerate(zip(self.response_mask or [], self.response_ids, strict=False)):
             if len(mask) != len(ids):
                 raise ValueError(f"has {len(mask)} flags in response_mask for the {len(ids)} tokens of rollout {row}")
+            if not any(mask):
+                raise ValueError(f"has no token in rollout {row} that the model wrote: its response_mask is all 0")
         return self
 
 
@@ -68,7 +70,9 @@ class ScoreReply(_Checked):
     """The answer to a :class:`ScoreRequest`.
 
     Attributes:
-        rewards: B rewards; null where no token could be read, or a guard drops the rollout.
+        rewards: B rewards; null where there is neither a token to read in the rollout's group nor an outcome, or a
+            guard drops the rollout. Where the rollout alone has no token to read, its features count as the least
+            favourable of its group.
         version: Of the weights that were read: ``"initial"``, or what ``POST /weights`` called them.
         token_rewards: For each response token its part of the rollout's reward, for trainers that take one number a
             token: the weighted reward of each token read divided by how many are read, and the outcome's at the last

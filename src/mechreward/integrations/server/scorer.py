@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +125,15 @@ class Scorer:
         for row, rollout in enumerate(rollouts):  # guards compare within groups, and those are of one size
             alike.setdefault((rollout.group, rollout.mask is None), []).append(row)
         for rows in alike.values():
-            scores |= zip(rows, self._score([rollouts[row] for row in rows]), strict=True)
+            batch = self._batch([rollouts[row] for row in rows])
+            # Requests are batched as they come: a group in which nothing can be read is scored apart from the others,
+            # so that what its features count as does not depend on them.
+            read = batch.grouped(batch.mask().any(dim=1)).any(dim=1, keepdim=True).expand(-1, batch.num_generations)
+            for kind in (True, False):
+                some = [k for k, can in enumerate(batch.local(read).tolist()) if can is kind]
+                if some:
+                    part = replace(batch.take(some), num_generations=batch.num_generations)
+                    scores |= zip([rows[k] for k in some], self._score(part), strict=True)
         self._remember()
         return [scores[row] for row in range(len(rollouts))]
 
@@ -139,31 +147,26 @@ class Scorer:
                 self.memory = None
 
     @torch.no_grad()
-    def _score(self, rollouts: Sequence[Rollout]) -> list[Score]:
-        batch = self._batch(rollouts)
+    def _score(self, batch: RolloutBatch) -> list[Score]:
+        batch = batch.decoded(self.model.tokenizer)
         readings = self.model.read(batch, self.reward.requests)
         guarded = self.reward.guard(batch, readings)
         values = self.reward.score(guarded, readings).values
         per_token = self.reward.per_token(guarded, readings)
-        # Requests are batched as they come: a group in which nothing was read has no rollouts to compare with.
-        read = torch.stack([reading.mask.any(dim=1).cpu() for reading in readings.values()]).any(dim=0)
-        unread = ~batch.local(batch.grouped(read).any(dim=1, keepdim=True).expand(-1, batch.num_generations))
-        values = values.masked_fill(unread, torch.nan)
-        per_token = per_token.masked_fill(unread[:, None], torch.nan)
         if guarded.dropped is not None:
             values = values.masked_fill(guarded.dropped, torch.nan)
             per_token = per_token.masked_fill(guarded.dropped[:, None], torch.nan)
         columns = self._columns(readings)
-        flags = guarded.flags if guarded.flags is not None else [[] for _ in rollouts]
+        flags = guarded.flags if guarded.flags is not None else [[] for _ in values]
         return [
             Score(
                 reward=_number(value),
                 version=self.version,
-                token_rewards=[_number(v) for v in per_token[row, : len(rollout.response_ids)].tolist()],
+                token_rewards=[_number(v) for v in per_token[row, : len(ids)].tolist()],
                 features={name: _number(float(column[row])) for name, column in columns.items()},
                 flags=list(flags[row]),
             )
-            for row, (rollout, value) in enumerate(zip(rollouts, values.tolist(), strict=True))
+            for row, (ids, value) in enumerate(zip(batch.completion_ids, values.tolist(), strict=True))
         ]
 
     def _batch(self, rollouts: Sequence[Rollout]) -> RolloutBatch:
@@ -177,7 +180,7 @@ class Scorer:
             tool_mask=None if rollouts[0].mask is None else [r.mask or [] for r in rollouts],
             num_generations=rollouts[0].group,
             eos_token_ids=self.model.ends,
-        ).decoded(self.model.tokenizer)
+        )
 
     def _columns(self, readings: Any) -> dict[str, Tensor]:
         """Each reward's columns, averaged over each rollout's tokens, ``[B]`` each."""
