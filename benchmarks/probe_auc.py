@@ -8,9 +8,8 @@ The probes that are shipped for `pocket`, on the rollouts of their cards, and on
 from __future__ import annotations
 
 import itertools
-import subprocess
+import json
 import sys
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ import mechreward as mr
 from mechreward.aggregation import aggregation
 from mechreward.features.gate import auc, bootstrap
 from mechreward.features.pack import Interval
+from mechreward.integrations.made import made_now, made_sentence
 from mechreward.pocket.questions import Kind, Split, questions
 from mechreward.probes.linear_probe import Probe
 from mechreward.probes.training import train_probe
@@ -75,11 +75,11 @@ def shown(interval: Interval | None, sign: str = "") -> str:
     return f"{interval.value:{sign}.3f} ({interval.low:{sign}.3f} to {interval.high:{sign}.3f})"
 
 
-def page(rows: list[tuple[str, Probe, dict[str, Any]]], commit: str) -> str:
+def page(rows: list[tuple[str, Probe, dict[str, Any]]], report: dict[str, Any]) -> str:
     lines = [
         "# What a probe's reward tells apart",
         "",
-        f"Made at commit {commit} on {date.today().isoformat()} by `{COMMAND}`.",
+        f"`{COMMAND}`. {made_sentence(report)}",
         "",
         "AUC with 95 % intervals over questions. *Now*: `FeatureReward(probe)`, the tokens' logits pooled as in "
         "training. *Before*: the tokens' probabilities, pooled alike, as `load_probe` once gave them; for a maximum or "
@@ -103,17 +103,8 @@ def page(rows: list[tuple[str, Probe, dict[str, Any]]], commit: str) -> str:
     return "\n".join(lines)
 
 
-def this_commit() -> str:
-    """HEAD, and whether what runs differs from it."""
-    told = ("rev-parse --short HEAD", "status --porcelain --untracked-files=no")
-    head, changed = (
-        subprocess.run(["git", *each.split()], capture_output=True, text=True, check=True).stdout for each in told
-    )
-    return head.strip() + (", with changes that were not committed," if changed else "")
-
-
 def main() -> None:
-    commit = this_commit()  # before the work: it may go on while this runs
+    report: dict[str, Any] = {"command": COMMAND, "made": made_now()}  # before the work: it may change
     torch.set_num_threads(1)
     model, tokenizer = load_model(mr.pocket.MODEL_ID)
     gates = {
@@ -129,8 +120,17 @@ def main() -> None:
         print(f"training {pooling}", file=sys.stderr, flush=True)
         probe = train_probe(model, learnt, [2], pooling, judged, pooling, mr.pocket.MODEL_ID).probe
         rows.append(("trained here, right answers", probe, compared(model, probe, judged)))
-    (RESULTS / "probe_auc.md").write_text(page(rows, commit))
-    print(page(rows, commit))
+    report["probes"] = [
+        {"probe": name, "pooling": probe.aggregation, **{k: as_json(figure) for k, figure in found.items()}}
+        for name, probe, found in rows
+    ]
+    (RESULTS / "probe_auc.json").write_text(json.dumps(report, indent=1) + "\n")
+    (RESULTS / "probe_auc.md").write_text(page(rows, report))
+    print(page(rows, report))
+
+
+def as_json(figure: Any) -> Any:
+    return figure.model_dump(mode="json") if isinstance(figure, Interval) else figure
 
 
 if __name__ == "__main__":

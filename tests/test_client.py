@@ -101,6 +101,7 @@ def test_a_call_sends_the_request_and_the_token_and_understands_the_reply():
         assert json.loads(body) == {
             "prompt_ids": ASK[0],
             "response_ids": ASK[1],
+            "response_mask": None,
             "labels": ["a", None],
             "num_generations": 2,
             "include": ["flags"],

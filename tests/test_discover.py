@@ -5,6 +5,7 @@ import io
 import json
 import pickle
 import zipfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -389,7 +390,7 @@ def test_a_question_is_known_by_its_prompt_and_a_text_without_one_by_itself():
     some = rollouts().take(range(4))
     short = [hashlib.sha256(p.encode()).hexdigest()[:16] for p in some.batch.prompts]
     assert digests(some) == sorted(set(short)) and len(set(short)) == 2
-    bare = type(some)(**{**vars(some), "batch": some.batch.__class__(**{**vars(some.batch), "prompts": [""] * 4})})
+    bare = replace(some, batch=replace(some.batch, prompts=[""] * 4))
     assert len(digests(bare)) == len(set(some.batch.texts))
     assert not set(digests(some)) & set(digests(rollouts().take(range(10, 20))))
 

@@ -15,6 +15,7 @@ from mechreward.experiments.hacking import Detection, HackingConfig, Ledger
 from mechreward.experiments.hacking_results import _gap, _over, _ringing, fell_at, first_alarms
 from mechreward.experiments.results import Run
 from mechreward.hacking.monitor import Observation
+from mechreward.probes.linear_probe import linear_probe
 from mechreward.readout import HookPoint, Readings, direction
 from mechreward.reward.feature_reward import FeatureReward
 from mechreward.reward.outcome import OutcomeReward
@@ -75,7 +76,7 @@ def test_a_blind_attackers_detectors_are_given_the_features_only(tmp_path, monke
         features=features,
         outcome=OutcomeReward(lambda c, g: [1.0], "answer"),
         watched="both",
-        held_out=direction("held_out", torch.ones(128), HookPoint(3)),
+        held_out=linear_probe("held_out", torch.ones(128), 0.0, HookPoint(3)),
         suite=lambda preset, reward: given.append(reward) or Suite([], []),
         disagreement=Dual,
         typical={},

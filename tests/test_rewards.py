@@ -733,7 +733,12 @@ def plain_trainer(model, tokenizer, **changes):
             self.num_generations, self.num_generations_eval = 2, 4
             self.state = types.SimpleNamespace(global_step=3, max_steps=12)
             self.accelerator = types.SimpleNamespace(
-                unwrap_model=lambda m: m, autocast=nullcontext, gather=lambda rows: rows, process_index=0, device="cpu"
+                unwrap_model=lambda m: m,
+                autocast=nullcontext,
+                gather=lambda rows: rows,
+                process_index=0,
+                device="cpu",
+                num_processes=1,
             )
             self.metrics, self.extra = {}, {}
             self.__dict__.update(changes)

@@ -78,7 +78,8 @@ def test_a_byte_order_mark_and_crlf_change_nothing(tmp_path, what):
 OURS = {
     # Written and read by this package alone.
     "report/page.py", "verifiers/sandbox.py", "verifiers/code.py", "integrations/server/scorer.py", "unfinished.py",
-    "integrations/trl_grpo.py", "integrations/verl/trainer.py", "features/neuronpedia.py", "cli/train.py",
+    "integrations/made.py", "integrations/trl_grpo.py", "integrations/verl/trainer.py", "features/neuronpedia.py",
+    "cli/train.py",
     "experiments/crl_results.py", "experiments/sarm_results.py", "experiments/hacking_results.py",
     "experiments/hacking.py", "experiments/capability_tasks.py", "experiments/results.py", "sae/registry.py",
 }  # fmt: skip
