@@ -83,8 +83,53 @@ def test_a_number_too_long_to_write_out_is_no_gold():
 @given(st.floats(allow_nan=False, allow_infinity=False))
 def test_every_float_is_written_out_without_an_exponent_and_reads_back(number):
     text = gold(number, "answer")
-    assert float(text) == number and "e" not in text.lower() and not text.endswith(".0")
+    assert float(text) == pytest.approx(number, rel=1e-13, abs=0) and (float(text) == number or "." in text)
+    assert "e" not in text.lower() and not text.endswith(".0")
     assert gsm8k([f"#### {text}"], [text]) == ([None] if len(text) > 500 else [True])
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(1, 15), st.data(), st.integers(-30, 10))
+def test_every_decimal_a_person_writes_survives(size, data, exponent):
+    number = data.draw(st.integers(1, 10**size - 1)) * Fraction(10) ** exponent
+    assert Fraction(gold(float(number), "answer")) == number
+    if size <= 6 and exponent > -30:
+        for narrow in (np.float32(float(number)), torch.tensor(float(number)), pa.scalar(float(number), pa.float32())):
+            assert Fraction(gold(narrow, "answer")) == number or number >= 2**24
+
+
+@pytest.mark.parametrize("cell", [12345.67, 99999.99, 8388607.5, 33.3])
+def test_money_in_single_precision_keeps_its_cents(cell):
+    assert float(gold(np.float32(cell), "answer")) == cell
+
+
+FLOATS = [
+    (0.1 + 0.2, "0.3"),
+    (2.3 * 3, "6.9"),
+    (3 - 1e-16 * 3, "3"),
+    (2**0.5, r"\sqrt{2}"),
+    (math.pi, r"\pi"),
+    (2 / 3, r"\frac{2}{3}"),
+    (np.float32(1 / 3), r"\frac13"),
+    (np.float32(2**0.5), r"\sqrt2"),
+    (torch.tensor(2 / 3), r"\frac23"),
+    (pa.scalar(2 / 3, pa.float32()), r"\frac23"),
+    (1 / 3, "0.333333"),
+    (1 / 3, "0.3333333333333333"),
+]
+
+
+@pytest.mark.parametrize(("cell", "answer"), FLOATS)
+def test_a_float_is_the_number_that_it_was_made_of(cell, answer):
+    assert math_boxed([rf"\boxed{{{answer}}}"], [gold(cell, "answer")]) == [True]
+
+
+def test_a_float_of_a_fraction_is_that_fraction_and_no_other():
+    pairs = [(p, q) for q in range(1, 60) for p in range(1, 60) if math.gcd(p, q) == 1]
+    assert len(pairs) > 2112
+    for shift in (0, 1):
+        texts = [rf"\boxed{{\frac{{{p * 1009 + shift}}}{{{q * 1009}}}}}" for p, q in pairs]
+        assert math_boxed(texts, [gold(p / q, "answer") for p, q in pairs]) == [not shift] * len(pairs)
 
 
 @pytest.mark.parametrize("cell", [["3", "4"], (3, 4), [3, None], np.array([3, 4]), torch.tensor([3, 4]), [["3"], "4"]])

@@ -669,10 +669,11 @@ def test_an_outcome_needs_no_model():
 def test_the_gold_column_is_found_in_order_or_named():
     call = (["p"], ["right"])
     reward = OutcomeReward(exactly)
-    for column in ("answer", "gold", "target", "ground_truth", "label", "solution"):
+    for column in ("answer", "gold", "target", "ground_truth", "solution", "label"):
         assert reward(*call, **{column: ["right"], "level": ["x"]}) == [1.0]
     assert reward(*call, answer=["right"], solution=["wrong"]) == [1.0]
     assert reward(*call, label=["right"], answer=["wrong"]) == [0.0]
+    assert reward(*call, label=["a class"], solution=["right"]) == [1.0]
     assert OutcomeReward(exactly, gold_column="mine")(*call, mine=["right"], solution=["wrong"]) == [1.0]
 
 

@@ -46,7 +46,16 @@ def one(completion: str, gold: str | None, **options: bool) -> bool | None:
         ("-3", "\N{MINUS SIGN}3", True),
         ("-3", "3", False),
         ("0.1", "0.10", True),
-        ("0.3333333", "0.333333", False),  # plain decimals are compared exactly
+        ("0.3333333", "0.333333", True),  # of two decimals the longer one is the value
+        ("0.333333", "0.3333333", True),
+        ("0.333334", "0.3333333", False),
+        ("0.33333", "0.333333", False),  # short ones are exact
+        ("3.14", "3.1", False),
+        ("3.141593", "3.141592653589793", True),
+        ("3.141592", "3.141592653589793", False),
+        ("0.12345679", "0.123456789", True),
+        (r"\{3.141593,2\}", r"\{2,3.141592653589793\}", True),
+        (r"\{3.141592,2\}", r"\{2,3.141592653589793\}", False),
         (r"\frac{1}{2}", "0.5", True),
         (r"\frac12", "1/2", True),
         ("1/2", "0.5", True),
@@ -452,6 +461,15 @@ NUMBERS = [  # gold, answer, verdict
     (r"\sqrt{2}", "1.414", False),
     (r"\sqrt{3}", "1.732051", True),
     (r"\sqrt{3}", "1.732050", False),
+    (r"\pi^{50}", r"\pi^{50}+1", False),  # near is not equal
+    ("1-e^{-40}", "1", False),
+    (r"\tanh(20)", "1", False),
+    (r"\cos(10^{-7})", "1", False),
+    (r"(1,\tanh(20))", "(1,1)", False),
+    (r"e^{\pi\sqrt{163}}", "262537412640768744", False),
+    (r"\frac{1}{\sqrt{5}}\left(\frac{1+\sqrt5}{2}\right)^{60}", "1548008755920", False),
+    ("2^{2/3}", r"\sqrt[3]{4}", True),
+    (r"x=\sqrt{8}", r"2\sqrt{2}", True),
     (r"\{10^{-20},1\}", r"\{2\cdot10^{-20},1\}", False),
     (r"\{10^{-20},1\}", r"\{1,\frac{1}{10^{20}}\}", True),
     ("(0,10^{-20})", r"(0,2\cdot 10^{-20})", False),
@@ -469,6 +487,21 @@ NUMBERS = [  # gold, answer, verdict
     ("3", "1 2", False),
     ("3", r"1\,2", False),
     ("1 2", "3", None),
+    ("1 2", "1 2", True),
+    ("1 2 3", "1 2 3", True),
+    ("1 2 3", "6", None),
+    ("(1 2)(3 4)", "(1 2)(3 4)", True),
+    ("555 1234", "555 1234", True),
+    (r"\log_2 5", r"\log_2{5}", True),
+    (r"\log_2 8", "3", True),
+    (r"\log_3 27", "3", True),
+    ("3", r"\log_3 27", True),
+    (r"\frac 1 2", r"\frac12", True),
+    (r"\frac12", r"\frac 1 2", True),
+    ("x_1 2", "2x_1", True),
+    ("x^2 3", "3x^2", True),
+    ("3x^2", "x^2 3", True),
+    (r"1+\log_2 3", r"\log_2 3 + 1", True),
     ("e-5", "e-5", True),
     ("0.00001", "e-5", False),
     ("1e-5", "e-5", False),
@@ -540,11 +573,67 @@ NOTATION = [
     (r"5\text{ (in millions)}", "5", None),
     ("5", "5\u2460", None),
     ("5", r"5\text{ cm}", True),
+    ("250", "two hundred fifty", None),
+    ("200", "2 hundred and fifty", None),
+    ("two hundred fifty", "Two hundred fifty", True),
+    ("two hundred fifty", "200", None),
+    ("25000000", "twenty-five million", None),
+    ("5000000", "twenty five million", None),
+    ("3200000", "3 million 200 thousand", None),
+    ("200000", "3 million 200 thousand", None),
+    ("1500", "fifteen hundred", True),
+    ("-2", "3\u20135", None),  # a range
+    ("-5", "2010\u20132015", None),
+    ("2014", "2020\u201301\u201305", None),
+    ("-2", "\\$3\u2013\\$5", None),
+    ("-10", "10\u201320\\%", None),
+    ("3\u20135", "3\u20135", True),
+    ("3\u20135", "-2", None),
+    ("3-5", "3\u20135", True),
+    ("3\u20135", "3-5", True),
+    ("-2", "3\u22125", True),
+    ("(1,-3)", "(1,\u20133)", True),
+    ("x-1", "x\u20131", True),
+    ("5-x", "5\u2013x", True),
+    ("-1", "1+3\u20135", True),
+    ("4", "3^2\u20135", True),
+    (r"\pi", "\u03c0", True),
+    ("\u03c0", r"\pi", True),
+    (r"\frac{\pi}{2}", "\u03c0/2", True),
+    (r"\pi r^2", "\u03c0r\u00b2", True),
+    (r"\sqrt{\pi}", "\u221a\u03c0", True),
+    ("3.14", "\u22483.14", True),
+    ("3.14", r"\approx 3.14", True),
+    ("5", "\u20ac5", True),
+    ("5", "5 \u20ac", True),
+    ("\u00a35", "5", True),
+    ("500", "\u00a5500", True),
+    ("50", "\u20ac5", False),
+    ("5.5", r"5\ 1/2", True),
+    ("1/3", r"0.\overline{3}", True),
+    (r"0.1\overline{6}", "1/6", True),
+    ("15/7", r"2.\overline{142857}", True),
+    ("0.3", r"0.\overline{3}", False),
+    ("10", r"\binom52", True),
     ("thousands", r"\text{thousands}", True),
     ("thousands", r"\text{hundreds}", False),
 ]
 
 SENTENCES = [
+    ("200", "The answer is two hundred fifty.", None),
+    ("200", "The total is 2 hundred and fifty dollars.", None),
+    ("200000", "There were 3 million 200 thousand people.", None),
+    ("5000000", "The answer is twenty-five million.", None),
+    ("1000000", "The answer is twenty-five million.", None),
+    ("200000", "It is one million, two hundred thousand.", None),
+    ("1000000", "That makes two and a half million.", None),
+    ("5000000", "It is 5 million and 3 thousand.", None),
+    ("12", "They cost 20 a dozen.", None),
+    ("7", "There are 2 hundred and fifty cats. The answer is 7.", True),
+    ("3", "One in a million, so 3", True),
+    (r"2\pi", "The answer is 2\u03c0.", True),
+    ("5", "The answer is \u20ac5.", True),
+    ("4", "From 3\u20135 we get 4", True),
     ("-3", "So x is \u22123.", True),
     ("-3", "So x is \u20133.", True),
     ("3", "Answer: \u22123", False),
@@ -591,6 +680,20 @@ def test_notation_in_sentences(gold, sentence, verdict):
         ("#### $5 million dollars", "#### 5,000,000", True),
         ("#### 5 (in millions)", "5", None),
         ("#### 5", "5 (in millions)", None),
+        ("#### 5 (in millions)", "#### 5 (in millions)", True),
+        ("#### 3 million 200 thousand", "200000", None),
+        ("#### 40 (8*5)", "40", True),
+        ("#### 40 (8*5)", "#### 1600", False),
+        ("#### 12 (12)", "12", True),
+        ("#### 12", "12 (a dozen)", True),
+        ("#### $40 (8*5 dollars)", "#### 40", True),
+        ("#### 3\u20135", "-2", None),
+        ("#### 3-5", "-2", None),
+        ("#### 3-5", "3-5", True),
+        ("#### 2010-2015", "#### -5", None),
+        ("#### -2", "3-5", None),
+        ("#### 2^3-1", "7", True),
+        ("#### \u20ac5", "5", True),
         ("#### \u00bd", "0.5", True),
         ("#### 1/2", "1", False),
         ("#### 2\u00d710\u00b3", "2000", True),
@@ -665,8 +768,10 @@ def number_pair(rng: random.Random) -> tuple[str, str, bool, str]:
     answer = gold if same else rng.choice([*near, gold / 2**70, Fraction(rng.randrange(1, size), b)])
     (first, places), (second, other_places) = spelt(gold, rng), spelt(answer, rng)
     equal = gold == answer
-    if not equal and (places is None) != (other_places is None):
-        equal = rounds(answer, gold, places) if places else rounds(gold, answer, other_places or 0)
+    if not equal and places is not None and (other_places is None or places < other_places):
+        equal = rounds(answer, gold, places)
+    elif not equal and other_places is not None and (places is None or other_places < places):
+        equal = rounds(gold, answer, other_places)
     shape = rng.choice(["{}", "{}", "{}", r"{}\text{{ cm}}", r"\{{{},-12345678\}}", r"[{},\infty)"])
     kind = ("equal" if equal else "different") + (" by our reader" if shape == "{}" else " by math-verify, checked")
     return first if "cm" in shape else shape.format(first), shape.format(second), equal, kind
@@ -694,6 +799,50 @@ def test_equal_numbers_20_000(capsys):
     counts = check_numbers(20_000, seed=4)
     with capsys.disabled():
         print("\npairs of numbers judged, all rightly:", dict(counts))
+
+
+digits = st.integers(0, 999).map(str)
+UNITS = "one two three four five six seven eight nine".split()
+TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 9), st.integers(2, 9), st.sampled_from([" ", " and "]), st.sampled_from(["{}", "It is {}."]))
+def test_number_words_are_read_whole_or_not_at_all(unit, ten, joint, sentence):
+    words, number = f"{UNITS[unit - 1]} hundred{joint}{TENS[ten - 2]}", 100 * unit + 10 * ten
+    for answer in (sentence.format(words), sentence.format(f"{unit} hundred{joint}{10 * ten}")):
+        answer = answer if "It" in answer else boxed(answer)
+        assert one(answer, str(number)) is not False
+        for wrong in (100 * unit, 10 * ten, 100, unit, ten, 100 * unit * 10 * ten):
+            assert one(answer, str(wrong)) is not True
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 3000), min_size=2, max_size=3), st.sampled_from("\u2010\u2011\u2012\u2013"))
+def test_a_range_is_no_difference(ends, dash):
+    span = dash.join(map(str, ends))
+    assert one(boxed(span), boxed(span)) is True and one(boxed(span), str(ends[0] - sum(ends[1:]))) is None
+    assert gsm8k([f"#### {span}"] * 2, [span, str(ends[0] - sum(ends[1:]))]) == [True, None]
+    assert one(boxed(dash + str(ends[0])), str(-ends[0])) is True
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(digits | st.sampled_from([r"\log_2", r"\frac", r"\sqrt", "x^2", "a_1", "(", ")", ",", "+"]), max_size=5),
+    st.lists(digits, min_size=2, max_size=4).map(r"\ ".join) | digits,
+    st.sampled_from([" ", r"\ ", "~"]),
+)
+def test_a_gold_with_digits_accepts_itself(before, after, space):
+    answer = space.join([*before, after])
+    assert one(boxed(answer), boxed(answer)) is True
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 99), st.integers(8, 12))
+def test_an_irrational_number_is_not_the_rational_one_beside_it(n, zeros):
+    near, root = rf"{n}\cdot 10^{{{zeros}}}", rf"\sqrt{{{n * n}\cdot 10^{{{2 * zeros}}}+1}}"
+    assert one(boxed(near), root) is False and one(boxed(root), near) is False
+    assert one(boxed(root), rf"\frac{{2{root}}}{{2}}") is True
 
 
 # Fuzz

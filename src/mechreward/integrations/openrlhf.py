@@ -23,6 +23,7 @@ from openrlhf.utils.agent import SingleTurnAgentExecutor  # pyright: ignore[repo
 
 from mechreward.errors import ConfigError
 from mechreward.integrations.client import RewardClient
+from mechreward.verifiers.golds import gold
 
 
 class AgentExecutor(SingleTurnAgentExecutor):
@@ -99,4 +100,4 @@ def _url() -> str:
 
 
 def _labels(labels: Sequence[Any]) -> list[str | None]:
-    return [None if label is None else str(label) for label in labels]
+    return [gold(label, "label") for label in labels]

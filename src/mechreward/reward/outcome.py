@@ -24,7 +24,7 @@ class OutcomeReward(Reward):
     Args:
         verifier: E.g. ``mr.verifiers.math_boxed``.
         gold_column: The dataset's column with the right answers; by default the first of ``answer``, ``gold``,
-            ``target``, ``ground_truth``, ``label``, ``solution`` that there is. Where there are several, the choice is
+            ``target``, ``ground_truth``, ``solution``, ``label`` that there is. Where there are several, the choice is
             logged once. How cells are read: see ``mechreward.verifiers.golds``.
         name: What it is called in logs; the verifier's name by default.
         **options: Passed to the verifier, e.g. ``strict=True``.
@@ -70,7 +70,7 @@ class OutcomeReward(Reward):
             return found[0]
         wanted = GOLD_COLUMNS if self.gold_column is None else (self.gold_column,)
         there = ", ".join(batch.columns) or "none"
-        hint = next(filter(None, (nearest(name, batch.columns) for name in reversed(wanted))), "")
+        hint = next(filter(None, (nearest(name, batch.columns) for name in wanted)), "")
         raise RewardError(
             f"'{self.__name__}' finds no gold answers: it looked for the dataset columns {', '.join(wanted)}, and "
             f"there are: {there}. Name the right one with OutcomeReward(gold_column=...).{hint}"

@@ -23,7 +23,7 @@ _ALLOWED = re.compile(
 )
 _MIXED = re.compile(
     r"(?:\s|\\[,;:! ]|~)*\\[dtc]?frac\s*(?:\{\s*([0-9]+)\s*\}|([0-9]))\s*(?:\{\s*([0-9]+)\s*\}|([0-9]))"
-    r"|\s+([0-9]+)\s*/\s*([0-9]+)"
+    r"|(?:\s|\\[,;: ]|~)+([0-9]+)\s*/\s*([0-9]+)"
 )
 
 
@@ -55,11 +55,20 @@ def read(text: str) -> Exact | None:
 def equal(a: Exact, b: Exact) -> bool:
     """Whether two numbers are the same, or one is a decimal of at least six digits to which the other rounds.
 
-    Two decimals, like two fractions, are only equal when they are the same.
+    Of two decimals the one with fewer places is the rounded one. Two fractions are only equal when they are the same.
     """
-    if a.value == b.value or (a.unit is None) == (b.unit is None):
+    if a.value == b.value or a.unit == b.unit:
         return a.value == b.value
-    return rounds_to(b.value, a) if a.unit is not None else rounds_to(a.value, b)
+    if b.unit is None or (a.unit is not None and a.unit > b.unit):
+        return rounds_to(b.value, a)
+    return rounds_to(a.value, b)
+
+
+def decimal(digits: str) -> Exact:
+    """Plain digits, which may have a sign and a point."""
+    if "." not in digits:
+        return Exact(Fraction(digits))
+    return Exact(Fraction(digits), Fraction(1, 10 ** (len(digits) - digits.index(".") - 1)))
 
 
 def rounds_to(value: Fraction, decimal: Exact) -> bool:
@@ -179,16 +188,16 @@ class _Reader:
         if self.text[self.at : self.at + 1].isdigit():  # 1,2345
             raise _Unreadable
         digits = found[0].replace("{,}", "").replace(",", "")
-        value = Fraction(digits)
-        if "." in digits:
-            return Exact(value, Fraction(1, 10 ** (len(digits) - digits.index(".") - 1))), False
+        number = decimal(digits)
+        if number.unit is not None:
+            return number, False
         if mixed := _MIXED.match(self.text, self.at):
             above, below = (int(part) for part in mixed.groups() if part)
             if above >= below:  # 2\frac{3}{2} may be a product
                 raise _Unreadable
             self.at = mixed.end()
-            return Exact(value + Fraction(above, below)), True
-        return Exact(value), False
+            return Exact(number.value + Fraction(above, below)), True
+        return number, False
 
     def closed(self, sign: str) -> Exact:
         number = self.sum()

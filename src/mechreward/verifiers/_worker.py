@@ -9,8 +9,9 @@ run, therefore costs its time limit plus a fork of about 10 ms, not another seco
 
 math-verify takes what is below 1e-15 for zero, in products too, and rounds at six decimal places whatever the number's
 size. So two rational numbers are read by ``_exact``; and where it pairs two numbers, which may be elements of lists,
-sets, intervals or matrices, they are compared here once more: rational ones exactly, others to twelve digits. Of all
-else (free symbols, relations, percent, text) it has the last word.
+sets, intervals or matrices, they are compared here once more: rational ones exactly; others are not equal where twelve
+digits differ. Of all else (irrational numbers that agree so far, free symbols, relations, percent, text) it has the
+last word.
 """
 
 import importlib.util
@@ -114,6 +115,8 @@ def _same_number(a: Any, b: Any) -> bool | None:
     if isinstance(a, Rational) and isinstance(b, Rational):
         return _exact.equal(_exact.Exact(Fraction(a.p, a.q), a_unit), _exact.Exact(Fraction(b.p, b.q), b_unit))
     x, y = N(a, 30), N(b, 30)
+    if {x.is_infinite, y.is_infinite} == {True, False}:
+        return False
     if not (x.is_finite and y.is_finite and x.is_number and y.is_number):
         return None
     for unit, decimal, other in ((a_unit, a, y), (b_unit, b, x)):
@@ -121,7 +124,8 @@ def _same_number(a: Any, b: Any) -> bool | None:
             seen = Fraction(str(other))  # to 30 digits
             return _exact.rounds_to(seen, _exact.Exact(Fraction(decimal.p, decimal.q), unit))
     x, y = (0 if getattr(z, "_prec", 2) < 2 else z for z in (x, y))  # no digit of it can be told from zero
-    return bool(abs(x - y) <= max(abs(x), abs(y)) * Rational(1, 10**12))
+    # Near is not equal: a yes of math-verify's stands, and so does a no.
+    return None if abs(x - y) <= max(abs(x), abs(y)) * Rational(1, 10**12) else False
 
 
 def _without_floats(number: Any) -> tuple[Any, Fraction | None]:

@@ -1,14 +1,17 @@
 """From a dataset's cells to the golds that a verifier takes, and to its verdicts. Golds are data, not text.
 
-A cell is text, a number, or nothing: None, NaN, ``pandas.NA``, NaT and an infinite number are nothing, and so is the
-text that ``str`` makes of them. A number is written out in full: the float 1e-05 is ``0.00001``, and 3.0 is ``3``. A
-boolean is the text ``True`` or ``False``, not 1 or 0. A list of one value is that value. Longer lists and mappings mean
-different things in different datasets (all of the values, any of them, a script's lines), so they reach only a verifier
-that says what they mean, by an attribute ``structured_golds = True``; for all others they are refused.
+A cell is text, a number, or nothing: None, NaN, ``pandas.NA``, NaT and an infinite number are nothing, and so are the
+texts "nan", "NaT" and "<NA>". The texts "None" and "inf" may be answers and stay. A number is written out in full: the
+float 1e-05 is ``0.00001``, and 3.0 is ``3``. A float that is not an integer is written with the digits that its type
+keeps of every decimal (15 of a float64, 6 of a float32; two decimals at least): 0.1 + 0.2 is ``0.3``. A boolean is the
+text ``True`` or ``False``, not 1 or 0. A list of one value is that value. Longer lists and mappings mean different
+things in different datasets (all of the values, any of them, a script's lines), so they reach only a verifier that says
+what they mean, by an attribute ``structured_golds = True``; for all others they are refused.
 """
 
 import functools
 import inspect
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from decimal import Decimal
 from fractions import Fraction
@@ -16,11 +19,19 @@ from typing import Any
 
 from mechreward.errors import RewardError
 
-GOLD_COLUMNS = ("answer", "gold", "target", "ground_truth", "label", "solution")
-"""Where golds are looked for. ``solution`` is last: next to a value (NuminaMath, OpenR1-Math) it is prose."""
+GOLD_COLUMNS = ("answer", "gold", "target", "ground_truth", "solution", "label")
+"""Where golds are looked for. ``solution`` follows the values: next to one (NuminaMath, OpenR1-Math) it is prose.
+
+``label`` is last: next to a solution it is a class.
+"""
 
 # Longer numbers are no gold: no answer may be that long (math.MAX_ANSWER), and 1E+999999999 would take all memory.
 MOST_DIGITS = 1000
+
+# The decimal digits that floats of 2 and 4 bytes keep, whatever the number; those of 8 bytes keep 15. And how many bits
+# they have less than these.
+_DIGITS = {2: 3, 4: 6}
+_LOST_BITS = {3: 42, 6: 29, 15: 0}
 
 _NOTHING = frozenset({"nan", "NaT", "<NA>"})
 
@@ -127,20 +138,40 @@ def _plain(cell: Any) -> Any:
     if type(cell).__name__ in ("NAType", "NaTType"):  # of pandas, which we do not import
         return None
     if hasattr(cell, "as_py"):  # pyarrow
-        return _plain(cell.as_py())
+        number = cell.as_py()
+        digits = {"halffloat": 3, "float": 6}.get(str(cell.type))
+        return _plain(number) if number is None or digits is None else float(_rounded(float(number), digits))
     if hasattr(cell, "detach"):  # torch, whose bfloat16 numpy does not know
         cell = cell.detach().cpu()
-        cell = (cell.float() if cell.is_floating_point() and cell.itemsize < 4 else cell).numpy()
+        cell = (cell.float() if str(cell.dtype) == "torch.bfloat16" else cell).numpy()
     if hasattr(cell, "ndim") and hasattr(cell, "dtype"):  # numpy
         if cell.ndim:
             return [_plain(value) for value in cell]
-        # A float32's 0.1 is 0.1 and not 0.10000000149011612: the shortest number of its own precision.
-        return float(str(cell)) if cell.dtype.kind == "f" else cell.tolist()
+        return (
+            float(_rounded(cell.tolist(), _DIGITS.get(cell.itemsize, 15))) if cell.dtype.kind == "f" else cell.tolist()
+        )
     return cell
 
 
+def _rounded(number: float, digits: int) -> str:
+    """A float with the digits that its type keeps of every decimal; two decimals at least, and integers as they are."""
+    if not math.isfinite(number) or number.is_integer():
+        return repr(number)
+    before_point = len(str(int(abs(number))))
+    if before_point + 2 > digits:
+        return f"{number:.{before_point + 2}g}"
+    step = Decimal(math.ulp(number)) * 2 ** _LOST_BITS[digits]
+    for size in (digits, digits - 1):
+        text = f"{number:.{size - 1}e}"
+        half = Decimal(1).scaleb(Decimal(text).adjusted() - size + 1) / 2
+        # Between two decimals the float may lie on one side of the middle, and what it was made of on the other.
+        if abs(half - abs(Decimal(number) - Decimal(text))) > step:
+            break
+    return text
+
+
 def _written_out(number: float | Decimal) -> str | None:
-    exact = Decimal(repr(number)) if isinstance(number, float) else Decimal(number)
+    exact = Decimal(_rounded(number, 15)) if isinstance(number, float) else Decimal(number)
     if not exact.is_finite() or abs(exact.adjusted()) > MOST_DIGITS:
         return None
     text = f"{exact:f}"

@@ -23,7 +23,6 @@ ITEM_SECONDS = 3.0
 # what is still many times a normal answer's cost; then the batch is declared broken, with a warning. At most about
 # 100 s of CPU time are lost to one call.
 FULL_TIMEOUTS, SHORT_TIMEOUTS, SHORT_SECONDS = 10, 200, 0.3
-UNREAD = "unread"
 
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*(?:\{|(?P<bare>[-+]?[0-9][0-9.,]*))|\\[{}]|\\\\(?!boxed|fbox)|[{}]")
 _MARK = re.compile(r"(?<!#)####(?!#)([^\n]*)")
@@ -32,6 +31,9 @@ _NUMBER = re.compile(r"(?:\\?\$)?([-+]?)(?:\\?\$)?([0-9]{1,3}(?:,[0-9]{3})+(?:\.
 _GSM8K = re.compile(r"[ \t]*\\?\$?([-+]?)\\?\$?([0-9.,]+)(?P<sum>\s*(?:[*/^]|\\(?:times|cdot|div))\s*[0-9({\\])?")
 _NUMERAL = re.compile(r"[ \t]*\\?\$?[-+]?\\?\$?(?:[.,]*[0-9]|\\[dt]?frac)")
 _GSM8K_GOLD = re.compile(r"\s*\\?\$?([-+]?)\\?\$?([0-9.,]+)(?P<sum>)\s*(?:\\?%)?\.?\s*")
+
+_RANGE = re.compile(rf"\s*[^\w({{]*[0-9][0-9.,]*%?\s?[-{_notation.RANGE}]\s?[^\w({{]?[0-9]")
+_REMARK = re.compile(r"(?<=[0-9%])\s+\(.*", re.DOTALL)
 
 _TEXT_COMMAND = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|operatorname)\s*\{([^{}]*)\}")
 _COMMAND = re.compile(r"\\[A-Za-z]+")
@@ -66,10 +68,11 @@ def math_boxed(completions: Sequence[str], golds: Sequence[str | None], *, stric
     what math-verify finds in the last 2,000 characters. The gold is read in the same way and may be a whole solution or
     only the answer. A gold without digits, LaTeX or operators ("unknown", "red") is compared as text.
 
-    Equal means equal: rational numbers are compared exactly, other real and complex ones to twelve digits, in lists,
-    sets, intervals and matrices too. A decimal of at least six significant digits (0.333333) is also equal to what
-    rounds to it (1/3), if that is not a decimal itself. For all else math-verify has the last word. Signs and words of
-    numbers (a dash for a minus, thin spaces between thousands, 5e3, "5 million") are read: see ``_notation``.
+    Equal means equal: rational numbers are compared exactly, in lists, sets, intervals and matrices too. Other real and
+    complex numbers are not equal where their first twelve digits differ. A decimal of at least six significant digits
+    (0.333333) is also equal to what rounds to it (1/3, or 0.33333333). For all else math-verify has the last word.
+    Signs and words of numbers (a dash for a minus, thin spaces between thousands, 5e3, "5 million") are read: see
+    ``_notation``.
 
     Args:
         completions: n texts.
@@ -77,9 +80,9 @@ def math_boxed(completions: Sequence[str], golds: Sequence[str | None], *, stric
         strict: Count only a box; a completion without one is wrong.
 
     Returns:
-        n verdicts. ``None`` where the gold has no answer, or cannot be read, and where the answer holds a sign or word
-        of a number that cannot be read ("5 (in millions)"). ``False`` also for answers over 500 characters and for
-        those that math-verify cannot read within 3 s of CPU time.
+        n verdicts. ``None`` where the gold has no answer, or cannot be read and is not the same text, and where the
+        answer holds a sign or word of a number that cannot be read ("5 (in millions)", "two hundred fifty"). ``False``
+        also for answers over 500 characters and for those that math-verify cannot read within 3 s of CPU time.
 
     Raises:
         RewardError: The arguments are not two equally long batches of text, or math-verify cannot be started.
@@ -92,15 +95,17 @@ def math_boxed(completions: Sequence[str], golds: Sequence[str | None], *, stric
 def gsm8k(completions: Sequence[str], golds: Sequence[str | None]) -> list[bool | None]:
     """Whether the number on the last ``#### N`` equals that of the gold, as GSM8K's own scripts read it.
 
-    Thousands commas, ``$``, a trailing dot and what follows the number (``%``, units) are dropped; 18.00 equals 18. Its
-    signs and words are read as ``math_boxed`` reads them, and so are ``1/2`` and ``2*10^3``.
+    Thousands commas, ``$``, a trailing dot and what follows the number (``%``, units, a remark in brackets) are
+    dropped; 18.00 equals 18. Its signs and words are read as ``math_boxed`` reads them, and so are ``1/2`` and
+    ``2*10^3``.
 
     Args:
         completions: n texts; one without ``#### N`` is wrong.
         golds: n golds, each with ``#### N`` or only a number.
 
     Returns:
-        n verdicts, ``None`` where the gold has no number, or where a scale word ("in millions") cannot be read.
+        n verdicts, ``None`` where the gold has no number, and where a scale word ("in millions") or a range ("3-5")
+        cannot be read and the texts differ.
 
     Raises:
         RewardError: The arguments are not two equally long batches of text.
@@ -108,10 +113,12 @@ def gsm8k(completions: Sequence[str], golds: Sequence[str | None]) -> list[bool 
 
     def verdict(completion: str, gold: str) -> bool | None:
         expected = _gsm8k_number(gold) if "####" in gold else _gsm8k_value(gold, _GSM8K_GOLD.fullmatch)
-        if expected is None or expected == UNREAD:
+        if expected is None:
             return None
         given = _gsm8k_number(completion)
-        return None if given == UNREAD else given == expected
+        if isinstance(expected, str) or isinstance(given, str):
+            return True if given == expected else None
+        return given == expected
 
     return _each(verdict, completions, golds)
 
@@ -214,7 +221,8 @@ def _answer(text: str, strict: bool = False) -> _Answer:
     if len(text) > MAX_ANSWER or any(not _MATH_WORD.fullmatch(word) for word in words):
         text = text[-MAX_PROSE:]
         euler = readable(text, prose=True, euler=True) if _notation.EULERS.search(text) else ""
-        return _Answer(readable(text, prose=True), True, euler=euler)
+        read = readable(text, prose=True)
+        return _Answer(read, True, _notation.unread(text, read, prose=True), euler)
     return _bare(text)
 
 
@@ -253,9 +261,9 @@ def _integer(text: str) -> bool:
     return text.isascii() and text.strip().removeprefix("-").isdigit()
 
 
-def _number(answer: str) -> Fraction | None:
+def _number(answer: str) -> _exact.Exact | None:
     found = _NUMBER.fullmatch(answer.strip()) if len(answer) <= MAX_ANSWER else None
-    return Fraction(found[1] + found[2].replace(",", "")) if found else None
+    return _exact.decimal(found[1] + found[2].replace(",", "")) if found else None
 
 
 def _gsm8k_number(text: str) -> Fraction | str | None:
@@ -269,14 +277,15 @@ def _gsm8k_number(text: str) -> Fraction | str | None:
 
 
 def _gsm8k_value(text: str, match: Callable[[str], re.Match[str] | None]) -> Fraction | str | None:
-    """The number at the start of a text; :data:`UNREAD` where a word that scales it cannot be read."""
+    """The number at the start of a text; the text itself where it is a range, or a word that scales cannot be read."""
     if len(text) > MAX_ANSWER + 100:
         return None
     if _integer(text):
         return Fraction(int(text)) if len(text) <= MAX_ANSWER else None
     text = readable(text).replace("^\\circ", "")
-    if _notation.SCALE.search(text):
-        return UNREAD
+    if _notation.SCALE.search(text) or _RANGE.match(text):
+        return " ".join(text.split())
+    text = _REMARK.sub("", text)
     whole = _exact.read(text.strip().removesuffix("."))
     if whole is not None:
         return whole.value
@@ -310,19 +319,26 @@ def _explodes(answer: _Answer) -> bool:
     return False
 
 
+def _same_text(gold: _Answer, answer: _Answer) -> bool:
+    one, other = gold.text, answer.text
+    if _notation.RANGE in one or _notation.RANGE in other:
+        one, other = one.replace(_notation.RANGE, "-"), other.replace(_notation.RANGE, "-")
+    return one.split() == other.split()
+
+
 def _without_sympy(gold: _Answer, answer: _Answer) -> bool | None:
     """The verdict where text or exact arithmetic can give it; None where math-verify has to be asked."""
     if not answer.text or (not answer.prose and len(answer.text) > MAX_ANSWER):
         return False
-    if gold.text.split() == answer.text.split():
+    if _same_text(gold, answer):
         return True
     gold_text = _plain_text(gold.text)
     if not _MATH_SIGN.search(gold_text) or _explodes(gold):
         return gold_text == _plain_text(answer.text)
     expected, given = _number(gold.text), _number(answer.text)
     if expected is not None and given is not None:
-        return expected == given
-    if not answer.prose and _notation.TORN.search(answer.text):
+        return _exact.equal(expected, given)
+    if not answer.prose and _notation.torn(answer.text):
         return False
     if expected is not None and not re.search(r"[\d\\]", answer.text):
         return False
@@ -344,12 +360,15 @@ class _Batch:
         if expected is None:
             return None
         answer = _answer(completion, strict)
+        if expected.unread:
+            same = _same_text(expected, answer) or _plain_text(expected.text) == _plain_text(answer.text)
+            return True if same else None
         right = self.right(expected, answer)
         if not right and (expected.euler or answer.euler):
             readings = [[one, one._replace(text=one.euler)] if one.euler else [one] for one in (expected, answer)]
             right = any(self.right(gold, given) for gold in readings[0] for given in readings[1])
         # A number that we cannot read is not a wrong one; nor a right one, as the "5" of "5 (in millions)".
-        if answer.unread and _MATH_SIGN.search(expected.text) and expected.text.split() != answer.text.split():
+        if answer.unread and _MATH_SIGN.search(expected.text) and not _same_text(expected, answer):
             return None
         return right
 
@@ -361,8 +380,11 @@ class _Batch:
         answer = _answer(gold)
         if not re.search(r"[^\W_]", answer.text) or (not answer.prose and len(answer.text) > MAX_ANSWER):
             return None
-        if not answer.prose and re.search(r"\d", answer.text) and (answer.unread or _notation.TORN.search(answer.text)):
-            return None
+        # Only the same text can be said to be equal to a number that we cannot read.
+        unread = answer.unread and (answer.prose or re.search(r"\d", answer.text))
+        answer = answer._replace(unread=bool(unread or (not answer.prose and _notation.torn(answer.text))))
+        if answer.unread:
+            return answer
         # Whether a sentence holds an answer must not depend on the completion that it is compared with.
         sum_in_words = answer.prose and _MATH_SIGN.search(answer.text)
         if sum_in_words and (_explodes(answer) or self.ask(answer, _Answer("", False)) != "wrong"):
