@@ -48,7 +48,7 @@ COLUMNS = 32
 TOKENS = 1024
 """Tokens of a rollout that are recorded; what follows is counted."""
 
-ROLLOUTS = 16
+ROLLOUTS = 8
 """Rollouts of one step that are recorded at most: recording must not slow training down."""
 
 PACKAGES = ("mechreward", "torch", "transformers", "trl", "accelerate", "datasets", "peft", "math-verify")

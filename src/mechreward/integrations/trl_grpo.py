@@ -103,7 +103,7 @@ class MechRewardGRPOConfig(GRPOConfig):
             ``"second_pass"`` or ``"forward"`` (the trainer's own passes); by default the first that works. See
             `mechreward.rollout.vllm`.
         record: Rollouts to write into the output folder with what was read on them, spread evenly over the training,
-            for ``mechreward report``; 0 writes the figures alone, None nothing. See
+            at most 8 per step, for ``mechreward report``; 0 writes the figures alone, None nothing. See
             `mechreward.integrations.recording`.
 
     Raises:
