@@ -25,7 +25,7 @@ import planting
 from mechreward.errors import CandidateWarning, ConfigError, DetectorWarning
 from mechreward.hacking import AdversarialSuite, OneSidedPenalty
 from mechreward.hacking.adversarial import ALL, EACH
-from mechreward.hacking.drift import SHRINK, Firing, Outlier, projection
+from mechreward.hacking.drift import SHRINK, Firing, Outlier
 from mechreward.hacking.redteam.campaign import cue_tokens
 from mechreward.hacking.redteam.target import Target
 from mechreward.hacking.redteam.templates import attacks
@@ -265,14 +265,6 @@ def test_learning_batch_by_batch_is_learning_at_once():
     batch = rollouts(["x"] * 30, ids=[[3] * 3] * 30)
     both = [scores(d, batch, {d.requests[0]: Readings(values, batch.mask())}) for d in (one, several)]
     assert both[0] == pytest.approx(both[1], rel=1e-5)
-
-
-def test_a_projection_is_the_same_each_time_and_keeps_lengths_about():
-    a, b = projection(POINT, 500), projection(POINT, 500)
-    assert torch.equal(a.weight, b.weight) and a.weight.shape == (500, 32)
-    x = torch.randn(200, 500, generator=torch.Generator().manual_seed(1))
-    ratio = (x @ a.weight).norm(dim=1) / x.norm(dim=1) * math.sqrt(500 / 32)
-    assert ratio.mean() == pytest.approx(1, abs=0.05)
 
 
 @pytest.mark.parametrize("which", ["jumprelu", "topk"])

@@ -21,6 +21,7 @@ from mechreward.readout import (
     Readout,
     ReadoutBank,
     direction,
+    projection,
 )
 from mechreward.rollout.capture import SequenceReader
 
@@ -344,6 +345,17 @@ def test_no_gradient_flows():
 
 
 # Refusals
+
+
+@pytest.mark.parametrize("width", [32, 64])
+def test_a_projection_is_the_same_each_time_and_keeps_lengths(width):
+    a, b = projection(HookPoint(0), 512, width), projection(HookPoint(0), 512, width)
+    assert torch.equal(a.weight, b.weight) and a.weight.shape == (512, width)
+    vectors = torch.randn(2000, 512, generator=torch.Generator().manual_seed(1))
+    ratio = (vectors @ a.weight).norm(dim=1) / vectors.norm(dim=1) * (512 / width) ** 0.5
+    assert ratio.mean().item() == pytest.approx(1.0, abs=0.02) and ratio.std() <= (1 / (2 * width)) ** 0.5
+    narrow = projection(HookPoint(0), 8, width).weight
+    assert torch.allclose(narrow @ narrow.T, torch.eye(8), atol=1e-6), "a narrow stream is only rotated"
 
 
 def test_hook_points_are_written_as_saelens_does():

@@ -223,6 +223,18 @@ def residual(hook_point: HookPoint, d_model: int) -> Readout:
     return Readout("residual", width, hook_point, torch.eye(d_model), torch.zeros(d_model))
 
 
+def projection(hook_point: HookPoint, d_model: int, width: int, model_name: str | None = None) -> Readout:
+    """The residual stream in at most ``width`` random orthonormal directions, the same each time.
+
+    Ratios of distances survive a random projection (Johnson and Lindenstrauss 1984), up to about sqrt(1 / 2 width), and
+    ``[tokens, d_model]`` need not be kept.
+    """
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(d_model, min(width, d_model), generator=generator)).Q
+    labels = tuple(f"direction_{i}" for i in range(basis.shape[1]))
+    return Readout("projection", labels, hook_point, basis, torch.zeros(len(labels)), model_name=model_name)
+
+
 @dataclass(frozen=True)
 class Request:
     """A readout that somebody needs, and how it is to be read.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mechreward.aggregation import aggregation
 from mechreward.hacking.signs import Detector, Rewarded
-from mechreward.readout import HookPoint, Readings, Readout, Reads, Request
+from mechreward.readout import Readings, Readout, Reads, Request, projection
 from mechreward.rollout.batch import RolloutBatch
 from mechreward.rollout.hf import over_tokens
 from mechreward.sae.handle import SAEHandle
@@ -60,17 +60,6 @@ class Usual:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.count = state["count"]
         self.total, self.squares = (torch.tensor(state[name], dtype=torch.float64) for name in ("total", "squares"))
-
-
-def projection(hook_point: HookPoint, d_model: int, model_name: str | None = None) -> Readout:
-    """The residual stream in :data:`WIDTH` random orthonormal directions, the same each time.
-
-    Distances survive a random projection (Johnson-Lindenstrauss), and ``[tokens, d_model]`` need not be kept.
-    """
-    generator = torch.Generator().manual_seed(0)
-    basis = torch.linalg.qr(torch.randn(d_model, min(WIDTH, d_model), generator=generator)).Q
-    labels = tuple(f"direction_{i}" for i in range(basis.shape[1]))
-    return Readout("projection", labels, hook_point, basis, torch.zeros(len(labels)), model_name=model_name)
 
 
 class Distance(Detector):
@@ -127,9 +116,7 @@ class Outlier(Distance):
 
     def attach(self, rewarded: Rewarded) -> None:
         places = {r.readout.hook_point: r.readout for r in rewarded.requests}
-        self.readouts = [
-            projection(at, like.d_model, model_name=like.model_name) for at, like in sorted(places.items())
-        ]
+        self.readouts = [projection(at, like.d_model, WIDTH, like.model_name) for at, like in sorted(places.items())]
         self.missing = None if places else "there is no feature reward whose hook point it could read"
 
 

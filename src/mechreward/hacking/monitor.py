@@ -27,7 +27,7 @@ from torch import Tensor
 
 from mechreward.aggregation import aggregation
 from mechreward.errors import ConfigError, RewardError
-from mechreward.readout import HookPoint, Readings, Readout, Request, residual
+from mechreward.readout import HookPoint, Readings, Readout, Request, projection
 from mechreward.reward.base import Reward
 from mechreward.reward.feature_reward import FeatureReward
 from mechreward.reward.guards import Guard
@@ -287,7 +287,7 @@ class RepresentationShift(Windowed):
 
     def __init__(self, hook_point: HookPoint, d_model: int, every: int = 10, name: str = "shift"):
         super().__init__(name, every)
-        readout = residual(hook_point, d_model) if d_model <= PROJECTED else _projection(hook_point, d_model)
+        readout = projection(hook_point, d_model, PROJECTED)
         self.policy, self.reference = Request(readout, "policy"), Request(readout, "reference")
 
     @property
@@ -610,14 +610,6 @@ def log_diversity(contributions: NDArray) -> tuple[float, float]:
 def _over_group(values: NDArray, of: Any) -> NDArray:
     """A statistic of each group's known values, ``[groups, N] -> [groups]``; NaN for a group without any."""
     return np.array([of(row[~np.isnan(row)]) if not np.isnan(row).all() else math.nan for row in values])
-
-
-def _projection(hook_point: HookPoint, d_model: int) -> Readout:
-    """A random orthonormal projection, scaled so that squared lengths are kept on average."""
-    generator = torch.Generator().manual_seed(0)
-    q = torch.linalg.qr(torch.randn(d_model, PROJECTED, generator=generator)).Q * math.sqrt(d_model / PROJECTED)
-    labels = tuple(map(str, range(PROJECTED)))
-    return Readout("projected_residual", labels, hook_point, q, torch.zeros(PROJECTED))
 
 
 # -- for the trainer -------------------------------------------------------------------------------------------------

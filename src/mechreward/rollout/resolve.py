@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mechreward.errors import RewardError
-from mechreward.readout import HookPoint, Readings, Readout, ReadoutBank, Request, residual
+from mechreward.readout import HookPoint, Readings, Readout, ReadoutBank, Request, projection
 from mechreward.rollout.batch import Call, RolloutBatch, holds_others_turns, own_text
 from mechreward.rollout.capture import check_fits, is_sharded, text_config, transformer, unwrap
 from mechreward.rollout.hf import group_requests, read_forward, refuse_dense
@@ -28,8 +28,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-COMPARED = 8
+COMPARED = 2
 """Rollouts of each process on which the policy and its reference are compared before training."""
+
+SKETCH = 32
+"""Random directions onto which the residual streams are projected for that: d_model of them would cost memory."""
 
 
 def resolve_source(source: Source | None, log_metric: Callable | None, needs_model: bool) -> Source:
@@ -255,8 +258,9 @@ def check_reference(trainer: Any, batch: RolloutBatch, points: Sequence[HookPoin
     """Before anything is trained, once: the policy and its reference must be the same model.
 
     Both run forwards of ours on the first rollouts, on the same tokens in the same shape, so that the same weights give
-    the same numbers but for rounding. The measure is ||x - x'|| / ||x'|| of the residual streams, over all tokens of a
-    hook point, the largest of all points and processes. It is kept on the trainer as ``mechreward_gap``.
+    the same numbers but for rounding. The measure is ||x - x'|| / ||x'|| of the residual streams in a few random
+    directions, over all tokens of a hook point, the largest of all points and processes. It is kept on the trainer as
+    ``mechreward_gap``.
 
     Raises:
         RewardError: They differ by more than rounding explains.
@@ -273,10 +277,11 @@ def check_reference(trainer: Any, batch: RolloutBatch, points: Sequence[HookPoin
         )
         return
     policy = unwrap(trainer.model)
-    few = batch.take(range(min(len(batch), COMPARED)))
+    written = [i for i, length in enumerate(batch.lengths) if length]
+    few = batch.take(written[:COMPARED] or [0])
     if {"image", "images"} & set(few.columns):  # the tokens of the completions alone compare the weights as well
         few = replace(few, prompt_ids=[[]] * len(few))
-    bank = ReadoutBank([residual(point, text_config(policy).hidden_size) for point in points])
+    bank = ReadoutBank([projection(point, text_config(policy).hidden_size, SKETCH) for point in points])
     with reference_model(trainer) as reference:
         refuse_other_vocabulary(policy, reference)
         tolerance = _rounding(trainer.accelerator.mixed_precision, policy, reference)
