@@ -45,6 +45,7 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 import mechreward as mr
 from mechreward.integrations import trl_grpo
 from mechreward.integrations.made import made_now, made_sentence
+from mechreward.integrations.recording import Recording
 from mechreward.readout import ReadoutBank
 from mechreward.reward import composition
 from mechreward.reward.base import Reward
@@ -55,7 +56,7 @@ from mechreward.sae.handle import SAEHandle
 
 RESULTS = Path(__file__).parent / "results"
 
-OURS = ("hooks", "encode", "bookkeeping", "guards", "rewards", "forward")
+OURS = ("hooks", "encode", "bookkeeping", "recording", "guards", "rewards", "forward")
 NAIVE, VERIFIER = "naive", "verifier"
 
 MAX_SHARE = 0.01
@@ -427,6 +428,8 @@ def charge_our_code(ledger: Ledger) -> None:
     for name in overridden:
         setattr(GRPOTrainer, name, ledger.charge(getattr(GRPOTrainer, name), THEIRS))
         setattr(mr.MechRewardGRPOTrainer, name, ledger.charge(vars(mr.MechRewardGRPOTrainer)[name], "bookkeeping"))
+    for name in ("rollouts", "on_log"):  # what `record=500`, the default, writes
+        setattr(Recording, name, ledger.charge(vars(Recording)[name], "recording"))
     Reward.__call__ = ledger.charge(Reward.__call__, "rewards")
     ReadoutBank.encode = ledger.charge(ReadoutBank.encode, "encode")
     for module in (trl_grpo, composition):
