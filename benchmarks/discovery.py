@@ -24,7 +24,7 @@ import torch
 import mechreward as mr
 from mechreward import verifiers
 from mechreward.features.discover import discover
-from mechreward.integrations.made import made_now, made_sentence
+from mechreward.files import made_now, made_sentence
 from mechreward.readout import HookPoint, Nonlinearity
 from mechreward.rollout.hf import load_model
 from mechreward.rollout.labelled import Labelled, sample_rollouts

@@ -43,13 +43,13 @@ from torch.nn.functional import pad
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 import mechreward as mr
-from mechreward.integrations import trl_grpo
-from mechreward.integrations.made import made_now, made_sentence
-from mechreward.integrations.recording import Recording
+from mechreward.files import made_now, made_sentence
+from mechreward.integrations.trl import passes, trainer
 from mechreward.readout import ReadoutBank
-from mechreward.reward import composition
+from mechreward.recording import Recording
+from mechreward.reward import base
 from mechreward.reward.base import Reward
-from mechreward.rollout import resolve
+from mechreward.rollout import plain
 from mechreward.rollout.capture import ResidualTap
 from mechreward.rollout.hf import HFSource, sample
 from mechreward.sae.handle import SAEHandle
@@ -432,9 +432,9 @@ def charge_our_code(ledger: Ledger) -> None:
         setattr(Recording, name, ledger.charge(vars(Recording)[name], "recording"))
     Reward.__call__ = ledger.charge(Reward.__call__, "rewards")
     ReadoutBank.encode = ledger.charge(ReadoutBank.encode, "encode")
-    for module in (trl_grpo, composition):
+    for module in (trainer, base):
         module.apply_guards = ledger.charge(module.apply_guards, "guards")  # pyright: ignore
-    for module in (trl_grpo, resolve):
+    for module in (passes, plain):
         module.read_with_trainer = ledger.charge(module.read_with_trainer, "forward")  # pyright: ignore
     install = ResidualTap._install
 

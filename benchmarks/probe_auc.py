@@ -21,7 +21,7 @@ import mechreward as mr
 from mechreward.aggregation import aggregation
 from mechreward.features.gate import auc, bootstrap
 from mechreward.features.pack import Interval
-from mechreward.integrations.made import made_now, made_sentence
+from mechreward.files import made_now, made_sentence
 from mechreward.pocket.questions import Kind, Split, questions
 from mechreward.probes.linear_probe import Probe
 from mechreward.probes.training import train_probe

@@ -42,7 +42,7 @@ from typing import IO, Any
 import torch
 
 import mechreward as mr
-from mechreward.integrations.made import made_now, made_sentence
+from mechreward.files import made_now, made_sentence
 from mechreward.integrations.server.scorer import Rollout, Scorer, Served
 from mechreward.pocket.questions import questions
 

@@ -35,7 +35,7 @@ from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
 from vllm.distributed import cleanup_dist_env_and_memory  # pyright: ignore[reportMissingImports]
 
 from mechreward import pocket
-from mechreward.integrations.made import made_now, made_sentence
+from mechreward.files import made_now, made_sentence
 from mechreward.readout import HookPoint, Nonlinearity, Readout
 from mechreward.rollout.vllm import VLLMRollout
 

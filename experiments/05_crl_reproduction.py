@@ -16,7 +16,7 @@ from mechreward.experiments import crl, crl_results
 from mechreward.experiments.config import read_config
 from mechreward.experiments.crl import CRLConfig
 from mechreward.experiments.runner import chosen_runs, quiet
-from mechreward.integrations.recording import write_json
+from mechreward.recording import write_json
 
 
 def carry_out(config: CRLConfig, arms: list[str] | None, seeds: list[int] | None) -> None:

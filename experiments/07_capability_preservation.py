@@ -21,7 +21,7 @@ from mechreward.experiments import capability
 from mechreward.experiments.capability import CapabilityConfig, Scores
 from mechreward.experiments.capability_tasks import fingerprint, measure, packages
 from mechreward.experiments.runner import quiet
-from mechreward.integrations.made import made_now
+from mechreward.files import made_now
 
 
 def measured(config: CapabilityConfig, kept: Path) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mechreward import pocket
 from mechreward.errors import ConfigError, MechRewardError
 from mechreward.extras import require
-from mechreward.integrations.made import Made, made_now
+from mechreward.files import Made, made_now
 from mechreward.readout import HookPoint
 from mechreward.rollout.capture import text_config
 from mechreward.rollout.hf import keeping_softcap

@@ -42,8 +42,9 @@ from mechreward.hacking.signs import (
     Template,
 )
 from mechreward.readout import HookPoint, Readings, direction
+from mechreward.reward.base import guards_of
 from mechreward.reward.feature_reward import FeatureReward
-from mechreward.reward.guards import flag_rates, guards_of, guards_state, load_guards_state
+from mechreward.reward.guards import flag_rates, guards_state, load_guards_state
 from mechreward.reward.outcome import OutcomeReward
 from mechreward.rollout.batch import RolloutBatch
 from mechreward.rollout.hf import HFSource, load_model, sample

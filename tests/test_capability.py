@@ -30,7 +30,7 @@ from mechreward.experiments.capability import (
     verdict,
 )
 from mechreward.experiments.config import read_config as read_experiment
-from mechreward.integrations.made import made_now
+from mechreward.files import made_now
 from mechreward.pocket.questions import HEDGE, KNOWN_PEOPLE, Question, split_of
 from mechreward.rollout.hf import load_model
 from test_experiment_config import one_sentence

@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 
 from mechreward.errors import ConfigError, RewardError
 from mechreward.hacking import OneSidedPenalty, RepetitionDetector, Verdict
-from mechreward.reward.base import Reward, Scores
+from mechreward.reward.base import Reward
 from mechreward.reward.composition import CompositeReward, Hero, warn_if_weight_cancels
 from mechreward.reward.feature_reward import FeatureReward
 from mechreward.reward.outcome import OutcomeReward
+from mechreward.rollout.batch import Scores
 from test_rewards import NAN, Told, World, one_column, plain_trainer, readings_of, rollouts, sentence
 
 

@@ -24,8 +24,8 @@ from mechreward.errors import CaptureError, ConfigError, ModelMismatchError, SAE
 from mechreward.experiments import crl, crl_results, runner
 from mechreward.experiments.config import read_config
 from mechreward.experiments.crl import CRLConfig, SteeringArm
-from mechreward.integrations.recording import read_jsonl
 from mechreward.readout import HookPoint, InputTransform
+from mechreward.recording import read_jsonl
 from mechreward.rollout.capture import decoder_layers
 from mechreward.sae.handle import SAEHandle
 from test_experiment_config import one_sentence

@@ -22,7 +22,7 @@ from mechreward.rollout.batch import Call, RolloutBatch
 from mechreward.rollout.capture import GenerationReader, ResidualTap
 from mechreward.rollout.hf import load_model, read_forward
 from mechreward.rollout.labelled import Labelled
-from mechreward.rollout.resolve import describe
+from mechreward.rollout.plain import describe
 from pretended import Pretended
 from test_trl import VECTOR, options, spied
 
@@ -107,8 +107,7 @@ def test_a_layer_on_another_card(tmp_path, monkeypatch, tap, changes):
 
     monkeypatch.setattr(ResidualTap, "_read", on_its_card)
     # The hooks are there already, bound to the method that they were made with.
-    trainer._policy_tap = trainer._install(trainer.model, "policy")
-    trainer._reference_tap = trainer._install(trainer.ref_model, "reference")
+    trainer.passes.install()
     with cards:
         trainer.train()
     assert trainer.taps == {"policy": tap, "reference": "reference"}
@@ -245,10 +244,10 @@ def test_what_stands_in_padding_changes_nothing(values, junk, mask):
 
 def test_readings_of_padding_are_0_whatever_was_read_there(tmp_path):
     trainer, spy = spied(MechRewardGRPOTrainer, tmp_path)
-    bank, mask = trainer._banks["policy", False], torch.tensor([[True, False], [True, True]])
+    bank, mask = trainer.passes.banks["policy", False], torch.tensor([[True, False], [True, True]])
     values = torch.tensor([[[1.0], [torch.nan]], [[2.0], [3.0]]])
-    trainer._keep("policy", bank, values, mask)
-    assert trainer._step_state.read[spy.asks[0]].values[..., 0].tolist() == [[1.0, 0.0], [2.0, 3.0]]
+    trainer.passes.keep("policy", bank, values, mask)
+    assert trainer.passes.read[spy.asks[0]].values[..., 0].tolist() == [[1.0, 0.0], [2.0, 3.0]]
 
 
 class TestLoading:

@@ -34,8 +34,8 @@ from mechreward.hacking.monitor import (
 )
 from mechreward.integrations.trl_grpo import STATE_FILE, MechRewardGRPOConfig, MechRewardGRPOTrainer
 from mechreward.readout import HookPoint, Readings, direction
-from mechreward.reward.base import Reward, Scores
-from mechreward.rollout.batch import RolloutBatch
+from mechreward.reward.base import Reward
+from mechreward.rollout.batch import RolloutBatch, Scores
 from test_trl import POINT, VECTOR, options
 
 OUTCOME = mr.OutcomeReward(mr.verifiers.math_boxed)
@@ -394,7 +394,7 @@ def test_monitors_do_not_move_the_policy(tmp_path, beta):
     composite, feature = reward()
     vandal = Vandal(composite.requests[1])
     crowd = trained(tmp_path, composite, [vandal, *all_monitors(feature)], beta=beta)
-    assert vandal.came == 2 and not crowd._disabled
+    assert vandal.came == 2 and not crowd.watch.disabled
     assert torch.equal(weights(alone), weights(crowd))
     assert weights(alone).ne(weights(trained(tmp_path, OUTCOME, beta=beta))).any(), "the features do move it"
 
@@ -517,7 +517,7 @@ def test_a_monitor_that_raises_is_disabled_and_training_goes_on(tmp_path, caplog
     monitors[-2].alarms = ()
     with caplog.at_level(logging.WARNING):
         trainer = trained(tmp_path, OUTCOME, monitors, stop_on={"judge/now": 1}, save_strategy="steps", save_steps=1)
-    assert trainer.state.global_step == 2 and trainer._disabled == {"measure", "rows", "judge", "state", "broken"}
+    assert trainer.state.global_step == 2 and trainer.watch.disabled == {"measure", "rows", "judge", "state", "broken"}
     said = [r.getMessage() for r in caplog.records if "is disabled" in r.getMessage()]
     assert len(said) == 5 and sum("no longer stop" in s for s in said) == 1
     assert "'measure' is disabled from step 0 on, because it raised ZeroDivisionError: no rows." in said[0]

@@ -30,7 +30,7 @@ from mechreward.hacking.signs import (
 )
 from mechreward.integrations.server.protocol import ScoreRequest
 from mechreward.integrations.server.scorer import Rollout, Scorer, Served
-from mechreward.integrations.trl_grpo import _TappedSource
+from mechreward.integrations.trl.trainer import RolloutsInTraining
 from mechreward.readout import HookPoint, Readings
 from mechreward.rollout.batch import Call, RolloutBatch, own_text, plain_text
 from mechreward.rollout.hf import HFSource, load_model
@@ -324,7 +324,7 @@ def test_a_models_readings_leave_out_what_others_wrote(tool_run):
 def test_a_function_around_a_reward_may_change_texts_but_not_past_a_mask():
     for mask, want in ((None, "changed"), ([[1, 0]], "as decoded")):
         step = SimpleNamespace(batch=masked([[5, 6]], mask, completions=["as decoded"]))
-        source = _TappedSource(SimpleNamespace(_step_state=step, rollout_func=lambda: None))
+        source = RolloutsInTraining(SimpleNamespace(_step_state=step, rollout_func=lambda: None))
         assert source.batch(Call(["p"], ["changed"])).texts == [want]
 
 

@@ -14,9 +14,9 @@ from mechreward.errors import ConfigError, RewardError
 from mechreward.hacking import OneSidedPenalty
 from mechreward.integrations.trl_grpo import MechRewardGRPOConfig, MechRewardGRPOTrainer
 from mechreward.readout import HookPoint, Readings, direction
-from mechreward.reward.base import Dense, Reward, Scores
+from mechreward.reward.base import Reward
 from mechreward.reward.guards import RepetitionDetector
-from mechreward.rollout.batch import RolloutBatch
+from mechreward.rollout.batch import Dense, RolloutBatch, Scores
 from test_trl import POINT, VECTOR, options
 
 CONCEPT = mr.FeatureReward(direction("hack", torch.ones(4), HookPoint(1)), name="hack")
@@ -173,7 +173,7 @@ def test_in_training_it_comes_before_trls_normalisation(tmp_path):
     class Kept(MechRewardGRPOTrainer):
         def _calculate_rewards(self, *args):
             self.table = super()._calculate_rewards(*args)
-            read = self._step_state.read[concept.request]
+            read = self.passes.read[concept.request]
             self.raw = concept.score(replace(self._step_state.batch, trust=None), {concept.request: read}).parts["raw"]
             return self.table
 

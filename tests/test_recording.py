@@ -11,10 +11,11 @@ from transformers import AutoModelForCausalLM
 
 import mechreward as mr
 from mechreward.integrations import recording
-from mechreward.integrations.recording import read_jsonl
 from mechreward.integrations.trl_grpo import MechRewardGRPOConfig, MechRewardGRPOTrainer
-from mechreward.reward.base import Reward, Scores
+from mechreward.recording import read_jsonl
+from mechreward.reward.base import Reward
 from mechreward.reward.guards import Verdict
+from mechreward.rollout.batch import Scores
 from test_trl import options
 
 
@@ -172,10 +173,10 @@ class Operations(TorchDispatchMode):
 def test_rollouts_leave_the_device_in_one_piece(trained):
     """As many tensor operations, and so waits for a device, for one rollout as for eight."""
     _, trainer, _, _ = trained
-    step, counts = trainer._step_state, []
+    step, read, counts = trainer._step_state, trainer.passes.read, []
     for rows in ([0], list(range(8))):
         with Operations() as seen:
-            records = recording.traced(step.batch, rows, trainer.processing_class, trainer.recording.rewards, step.read)
+            records = recording.traced(step.batch, rows, trainer.processing_class, trainer.recording.rewards, read)
         assert len(records) == len(rows)
         counts.append(seen.count)
     assert counts[0] == counts[1]

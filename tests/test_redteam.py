@@ -41,9 +41,9 @@ from mechreward.hacking.redteam.templates import (
     materials,
     split_final,
 )
-from mechreward.reward.base import Reward, Scores
+from mechreward.reward.base import Reward
 from mechreward.reward.guards import RepetitionDetector, Verdict
-from mechreward.rollout.batch import RolloutBatch
+from mechreward.rollout.batch import RolloutBatch, Scores
 from planting import pocket
 
 NAMES = [*FAMILIES, *TOKEN_FAMILIES]

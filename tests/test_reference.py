@@ -12,7 +12,7 @@ from trl import GRPOConfig, GRPOTrainer
 import mechreward as mr
 from mechreward.errors import RewardError
 from mechreward.integrations.trl_grpo import STATE_FILE, MechRewardGRPOConfig, MechRewardGRPOTrainer
-from mechreward.reward.base import Scores
+from mechreward.rollout.batch import Scores
 from test_trl import Spy, independent, options
 
 LORA = {"r": 4, "target_modules": ["q_proj", "down_proj"], "lora_dropout": 0.0}
@@ -239,7 +239,7 @@ def test_a_resumed_training_does_not_compare_again(tmp_path, beta, monkeypatch, 
     saves = {"save_strategy": "steps", "save_steps": 2, "beta": beta}
     trained(MechRewardGRPOTrainer, tmp_path, pocket(), **saves)
     assert json.loads((tmp_path / "checkpoint-2" / STATE_FILE).read_text())["reference_gap"] < 1e-6
-    monkeypatch.setattr("mechreward.rollout.resolve._apart", lambda *_: pytest.fail("compared again"))
+    monkeypatch.setattr("mechreward.rollout.reference._apart", lambda *_: pytest.fail("compared again"))
     checkpoint = str(tmp_path / "checkpoint-2")
     trained(MechRewardGRPOTrainer, tmp_path, pocket(), resume=checkpoint, max_steps=4, **saves)
     assert "could not be compared" not in caplog.text

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from mechreward.files import made_by, made_now, made_sentence
 from mechreward.integrations import made as module
-from mechreward.integrations.made import made_by, made_now, made_sentence
-from mechreward.integrations.recording import environment
+from mechreward.recording import environment
 
 ROOT = Path(__file__).parent.parent
 PACK = ROOT / "experiments/results/smollm2-gate.json"

@@ -22,11 +22,11 @@ from mechreward.aggregation import aggregation
 from mechreward.errors import CandidateWarning, ConfigError, MechRewardError, ModelMismatchError, PackError, RewardError
 from mechreward.features.pack import Calibration, FeaturePack
 from mechreward.readout import HookPoint, Readings, Readout, Request, direction
-from mechreward.reward.base import Reward, Scores
+from mechreward.reward.base import Reward
 from mechreward.reward.feature_reward import FeatureReward, lowered
 from mechreward.reward.normalization import EPS, dense_zscore, zscore_in_batch, zscore_in_group
 from mechreward.reward.outcome import OutcomeReward
-from mechreward.rollout.batch import Call, RolloutBatch
+from mechreward.rollout.batch import Call, RolloutBatch, Scores
 from mechreward.rollout.hf import HFSource
 from mechreward.sae import formats
 

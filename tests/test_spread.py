@@ -9,8 +9,8 @@ import torch
 
 import mechreward as mr
 from mechreward.reward import spread as spread_module
-from mechreward.reward.base import Scores
 from mechreward.reward.spread import STEPS, SpreadWatch
+from mechreward.rollout.batch import Scores
 
 GROUP = 4
 

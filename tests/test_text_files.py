@@ -15,7 +15,7 @@ from mechreward.experiments.config import Source, read_config
 from mechreward.experiments.data import _from_datasets
 from mechreward.features.examples import read_corpus
 from mechreward.features.pack import read_pack
-from mechreward.integrations.recording import read_jsonl
+from mechreward.recording import read_jsonl
 from mechreward.report.runs import _json, _yaml
 from mechreward.rollout.labelled import holds_rollouts, read_lines
 from mechreward.sae.training import read_documents
@@ -78,7 +78,7 @@ def test_a_byte_order_mark_and_crlf_change_nothing(tmp_path, what):
 OURS = {
     # Written and read by this package alone.
     "report/page.py", "verifiers/sandbox.py", "verifiers/code.py", "integrations/server/scorer.py", "unfinished.py",
-    "integrations/made.py", "integrations/trl_grpo.py", "integrations/verl/trainer.py", "features/neuronpedia.py",
+    "files.py", "integrations/trl/trainer.py", "integrations/verl/trainer.py", "features/neuronpedia.py",
     "cli/train.py",
     "experiments/crl_results.py", "experiments/sarm_results.py", "experiments/hacking_results.py",
     "experiments/hacking.py", "experiments/capability_tasks.py", "experiments/results.py", "sae/registry.py",

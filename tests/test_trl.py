@@ -19,10 +19,10 @@ import mechreward as mr
 from mechreward.errors import ConfigError, ModelMismatchError, RewardError
 from mechreward.integrations.trl_grpo import MechRewardGRPOConfig, MechRewardGRPOTrainer
 from mechreward.readout import Request
-from mechreward.reward.base import Reward, Scores
+from mechreward.reward.base import Reward
 from mechreward.reward.guards import RepetitionDetector, Verdict
-from mechreward.rollout.batch import Call
-from mechreward.rollout.resolve import describe
+from mechreward.rollout.batch import Call, Scores
+from mechreward.rollout.plain import describe
 
 torch.manual_seed(0)
 VECTOR = torch.randn(128)
@@ -168,13 +168,13 @@ class TestTaps:
 
     def test_all_taps_agree_on_the_same_rollouts(self, tmp_path):
         trainer, _ = spied(MechRewardGRPOTrainer, tmp_path, num_iterations=2)
-        from mechreward.rollout.resolve import read_with_trainer
+        from mechreward.rollout.plain import read_with_trainer
 
         seen = []
 
         class Compare(Spy):
             def score(self, batch, readings):
-                bank = trainer._banks["policy", False]
+                bank = trainer.passes.banks["policy", False]
                 own = read_with_trainer(trainer, batch, bank, "policy", False)
                 tapped, forward = readings[self.asks[0]].values, next(iter(own.values())).values
                 seen.append((tapped - forward).abs().max().item() / forward.abs().max().item())
@@ -355,7 +355,7 @@ def test_guards_and_monitors_count_as_our_time(tmp_path):
 
 def test_without_args_kl_is_on_and_the_shipped_model_has_an_id(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("mechreward.integrations.trl_grpo.MechRewardGRPOConfig", _on_cpu)
+    monkeypatch.setattr("mechreward.integrations.trl.trainer.MechRewardGRPOConfig", _on_cpu)
     trainer = MechRewardGRPOTrainer(
         "mechreward/pocket", mr.OutcomeReward(mr.verifiers.math_boxed), train_dataset=mr.pocket.dataset("train", 8)
     )
@@ -524,7 +524,7 @@ class TestBadInput:
         assert "\n" not in str(caught.value)
         assert (tmp_path / "checkpoint-2" / "model.safetensors").exists()
         hooked = [m for m in trainer.model.model.layers if m._forward_hooks]
-        assert len(hooked) == 1 and trainer._policy_tap._reader is None, "no window is left open"
+        assert len(hooked) == 1 and trainer.passes.policy_tap._reader is None, "no window is left open"
         calls.append(1)
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
         assert trainer.state.global_step == 4

@@ -26,8 +26,8 @@ from trl.generation import vllm_generation
 import mechreward as mr
 from mechreward import pocket, verifiers
 from mechreward.errors import ConfigError
+from mechreward.integrations.trl.vllm import TRLEngine
 from mechreward.integrations.trl_grpo import MechRewardGRPOConfig, MechRewardGRPOTrainer
-from mechreward.integrations.vllm_trl import TRLEngine
 from mechreward.readout import HookPoint, residual
 from mechreward.reward.composition import CompositeReward
 from mechreward.reward.feature_reward import FeatureReward
@@ -73,7 +73,7 @@ class Compared(MechRewardGRPOTrainer):
     @torch.no_grad()
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         batch = self._step_state.batch
-        (readings,) = [read for request, read in self._step_state.read.items() if request.readout.name == "residual"]
+        (readings,) = [read for request, read in self.passes.read.items() if request.readout.name == "residual"]
         worst = 0.0
         policy = self.accelerator.unwrap_model(self.model)
         training = policy.training

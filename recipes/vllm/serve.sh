@@ -18,7 +18,7 @@ flags=(
   # Prompt and completion together.
   --max-model-len "${LENGTH:-2048}"
   # Reads while it generates, at these hook points; "hook" in place of "aux" needs --enforce-eager as well.
-  --worker-cls mechreward.integrations.vllm_worker.ReadingWorker
+  --worker-cls mechreward.rollout.vllm_worker.ReadingWorker
   --additional-config "{\"mechreward\": {\"backend\": \"${BACKEND:-aux}\", \"points\": $POINTS}}"
   # Log-probabilities after temperature and the like, of any number of tokens: TRL corrects for the engine with them.
   --logprobs-mode processed_logprobs --max-logprobs -1

@@ -22,7 +22,7 @@ from scipy import stats
 from mechreward.errors import ConfigError, DataError
 from mechreward.experiments.config import Count, Positive, Text
 from mechreward.experiments.results import DRAWS, t_interval
-from mechreward.integrations.made import made_sentence
+from mechreward.files import made_sentence
 from mechreward.schema import Strict, most_telling, sentence
 
 LIMIT = 0.02

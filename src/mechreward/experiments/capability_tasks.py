@@ -27,8 +27,8 @@ from mechreward import pocket, verifiers
 from mechreward.errors import ConfigError, nearest
 from mechreward.experiments.capability import CapabilityConfig, LmEvalTask, PocketSuite, Scores, matching
 from mechreward.extras import require
-from mechreward.integrations.recording import environment
 from mechreward.pocket.questions import Question, corpus_completion, questions
+from mechreward.recording import environment
 from mechreward.rollout.hf import end_token, load_model, sample
 
 FORMATS = {".jsonl": "json", ".json": "json", ".arrow": "arrow", ".parquet": "parquet"}

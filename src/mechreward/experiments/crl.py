@@ -42,8 +42,8 @@ from mechreward.errors import ConfigError
 from mechreward.experiments import data, runner
 from mechreward.experiments.arms import NEIGHBOURS, sampling
 from mechreward.experiments.config import Count, ExperimentConfig, Positive, Text
-from mechreward.integrations.recording import ENVIRONMENT, append, environment, forget_after, read_jsonl, write_json
 from mechreward.readout import residual
+from mechreward.recording import ENVIRONMENT, append, environment, forget_after, read_jsonl, write_json
 from mechreward.rollout.hf import load_model, read_in_pieces, sample
 from mechreward.sae.handle import SAEHandle
 from mechreward.sae.registry import load_sae

@@ -15,8 +15,8 @@ import yaml
 from mechreward.experiments import crl
 from mechreward.experiments.crl import CRLConfig
 from mechreward.experiments.results import Run, difference, finished_runs, over_seeds, read_runs, without_infinities
-from mechreward.integrations.made import made_by, made_sentence
-from mechreward.integrations.recording import ENVIRONMENT
+from mechreward.files import made_by, made_sentence
+from mechreward.recording import ENVIRONMENT
 
 Report = dict[str, Any]
 SCORES = {

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mechreward.extras import require
-from mechreward.integrations.made import made_sentence
+from mechreward.files import made_sentence
 
 CELLS = {
     "outcome": "outcome only, KL .04 (the honest control)",

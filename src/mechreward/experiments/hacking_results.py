@@ -23,14 +23,14 @@ from mechreward.experiments import arms, hacking
 from mechreward.experiments.data import load
 from mechreward.experiments.hacking import Defence, HackingConfig
 from mechreward.experiments.results import Run, read_run, resampled_interval, t_interval
+from mechreward.files import made_by
 from mechreward.hacking.adversarial import AdversarialSuite
 from mechreward.hacking.redteam.campaign import cue_tokens
 from mechreward.hacking.redteam.search import best_of_n
 from mechreward.hacking.redteam.target import Target
 from mechreward.hacking.redteam.templates import attacks
-from mechreward.integrations.made import made_by
-from mechreward.integrations.recording import ENVIRONMENT, read_jsonl
 from mechreward.readout import Readings, ReadoutBank, Request
+from mechreward.recording import ENVIRONMENT, read_jsonl
 from mechreward.reward.guards import Guard, apply_guards
 from mechreward.rollout.batch import RolloutBatch
 from mechreward.rollout.hf import read_forward

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from mechreward.extras import require
-from mechreward.integrations.made import made_sentence
+from mechreward.files import made_sentence
 
 Report = dict[str, Any]
 """What :func:`mechreward.experiments.results.compare` returns."""

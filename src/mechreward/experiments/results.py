@@ -22,8 +22,8 @@ from scipy import stats
 
 from mechreward.errors import ConfigError, nearest
 from mechreward.features.gate import auc
-from mechreward.integrations.made import made_by
-from mechreward.integrations.recording import ENVIRONMENT, read_jsonl
+from mechreward.files import made_by
+from mechreward.recording import ENVIRONMENT, read_jsonl
 
 DRAWS = 10_000
 

@@ -34,7 +34,9 @@ from mechreward.experiments import arms, data
 from mechreward.experiments.config import ExperimentConfig, read_config
 from mechreward.extras import require
 from mechreward.features.catalog import load_pack
-from mechreward.integrations.recording import (
+from mechreward.integrations.trl_grpo import STATE_FILE, MechRewardGRPOConfig, MechRewardGRPOTrainer
+from mechreward.pocket.questions import step_accuracy
+from mechreward.recording import (
     METRICS,
     TRACE,
     append,
@@ -44,8 +46,6 @@ from mechreward.integrations.recording import (
     write,
     write_json,
 )
-from mechreward.integrations.trl_grpo import STATE_FILE, MechRewardGRPOConfig, MechRewardGRPOTrainer
-from mechreward.pocket.questions import step_accuracy
 from mechreward.reward.feature_reward import FeatureReward
 from mechreward.reward.outcome import OutcomeReward
 from mechreward.rollout.batch import RolloutBatch

@@ -39,8 +39,8 @@ from mechreward.baselines.sarm import Mode, Recipe, Reconstructs, Sarm, SarmRewa
 from mechreward.errors import ConfigError, DataError, MechRewardError, nearest
 from mechreward.experiments import arms, runner
 from mechreward.experiments.config import Arm, Count, ExperimentConfig, Positive, Text, read_config
-from mechreward.integrations.recording import ENVIRONMENT, environment, write_json
 from mechreward.pocket.questions import OTHER_WORDING, WORDING, corpus_completion, questions
+from mechreward.recording import ENVIRONMENT, environment, write_json
 from mechreward.reward.composition import CompositeReward
 from mechreward.reward.feature_reward import FeatureReward
 from mechreward.rollout.hf import HFSource, load_model

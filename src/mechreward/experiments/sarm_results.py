@@ -15,8 +15,8 @@ from mechreward.errors import ConfigError
 from mechreward.experiments import results
 from mechreward.experiments.results import Difference, Run, resampled_interval, t_interval
 from mechreward.experiments.sarm import SarmConfig
-from mechreward.integrations.made import Made, made_by, made_sentence
-from mechreward.integrations.recording import ENVIRONMENT, environment
+from mechreward.files import Made, made_by, made_sentence
+from mechreward.recording import ENVIRONMENT, environment
 
 Found = dict[str, list[dict[str, Any]]]
 """By cell, each seed's ``result.json``."""

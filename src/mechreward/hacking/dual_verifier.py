@@ -21,7 +21,7 @@ from mechreward.probes.linear_probe import Probe
 from mechreward.readout import Readings, Reads, Request
 from mechreward.reward.base import Reward, Scores
 from mechreward.reward.feature_reward import FeatureReward
-from mechreward.reward.guards import Verdict, apply_guards
+from mechreward.reward.guards import Verdict
 from mechreward.rollout.batch import RolloutBatch
 
 
@@ -140,6 +140,11 @@ class DualVerifier(Reward):
             "drop" if drops else "downweight",
             0.0 if isinstance(downweight, str) else downweight,
         )
+        self.guards = [self.disagreement]
+
+    @property
+    def children(self) -> list[tuple[Reward, float]]:
+        return [(self.feature_reward, 1.0)]
 
     @property
     def aggregation(self) -> str:
@@ -148,9 +153,6 @@ class DualVerifier(Reward):
     @property
     def requests(self) -> list[Request]:
         return self.disagreement.requests
-
-    def guard(self, batch: RolloutBatch, readings: Mapping[Request, Readings]) -> RolloutBatch:
-        return apply_guards([self.disagreement], batch, readings)
 
     def score(self, batch: RolloutBatch, readings: Mapping[Request, Readings], sense: float = 1.0) -> Scores:
         """The feature reward's scores, with what both said and how often they disagree."""

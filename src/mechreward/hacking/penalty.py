@@ -75,20 +75,17 @@ class OneSidedPenalty(Reward):
                     f"'{part.__name__}' has aggregation='per_token', which acts through the advantages, past any "
                     "penalty of a rollout: choose another aggregation."
                 )
-        self.rewards, self.concept = [reward], concept  # `rewards`, as whoever walks the tree expects
+        self.reward, self.concept = reward, concept
         self.alpha, self.form, self.eps = alpha, form, eps
+        self.guards = None if reward.guards is None else ()  # the reward brings its own
 
     @property
-    def reward(self) -> Reward:
-        """What is penalised."""
-        return self.rewards[0]
+    def children(self) -> list[tuple[Reward, float]]:
+        return [(self.reward, 1.0)]
 
     @property
     def requests(self) -> list[Request]:
         return list(dict.fromkeys([*self.reward.requests, *self.concept.requests]))
-
-    def guard(self, batch: RolloutBatch, readings: Mapping[Request, Readings]) -> RolloutBatch:
-        return self.reward.guard(batch, readings)
 
     def score(self, batch: RolloutBatch, readings: Mapping[Request, Readings], sense: float = 1.0) -> Scores:
         """Score, then lower.

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from mechreward.readout import Readings, Request
+from mechreward.reward.base import Reward, all_within
 from mechreward.reward.feature_reward import FeatureReward
-from mechreward.reward.guards import all_within, repeated_ngrams
+from mechreward.reward.guards import repeated_ngrams
 from mechreward.reward.outcome import OutcomeReward
 from mechreward.rollout.batch import RolloutBatch, plain_text
 
@@ -78,16 +79,9 @@ def _parts(reward: Any, weight: float) -> Iterator[tuple[FeatureReward, float]]:
     if isinstance(reward, FeatureReward):
         yield reward, weight
         return
-    for part, own in _inside(reward):
-        yield from _parts(part, weight * own)
-
-
-def _inside(reward: Any) -> Iterator[tuple[Any, float]]:
-    """What a composite, a OneSidedPenalty or a DualVerifier is made of, with the weights."""
-    if hasattr(reward, "rewards"):
-        yield from zip(reward.rewards, getattr(reward, "weights", [1.0] * len(reward.rewards)), strict=True)
-    if hasattr(reward, "feature_reward"):
-        yield reward.feature_reward, 1.0
+    if isinstance(reward, Reward):
+        for part, own in reward.children:
+            yield from _parts(part, weight * own)
 
 
 class Detector:

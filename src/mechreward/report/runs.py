@@ -17,7 +17,7 @@ from mechreward.errors import DataError, MechRewardError
 from mechreward.experiments.results import Run, read_run
 from mechreward.features.catalog import load_pack
 from mechreward.features.pack import FeaturePack
-from mechreward.integrations.recording import ENVIRONMENT, METRICS, RECORDING, TRACE, read_jsonl
+from mechreward.recording import ENVIRONMENT, METRICS, RECORDING, TRACE, read_jsonl
 
 Record = dict[str, Any]
 

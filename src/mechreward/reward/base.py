@@ -4,80 +4,40 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mechreward.errors import RewardError
 from mechreward.readout import Readings, Request
-from mechreward.reward.guards import flag_rates, guards_of
-from mechreward.rollout.batch import Call, RolloutBatch, Text
-from mechreward.rollout.resolve import resolve_source
+from mechreward.reward.guards import Guard, RepetitionDetector, apply_guards, flag_rates
+from mechreward.rollout.batch import Call, RolloutBatch, Scores, Text
+from mechreward.rollout.plain import find_source
+from mechreward.rollout.source import Source
 
 VERIFIER_SECONDS = "verifier_seconds"
 """Metric under which time spent in verifiers is reported, so that it can be told from our own cost."""
-
-
-@dataclass(frozen=True, eq=False)
-class Dense:
-    """Per-token rewards, which become part of the advantages.
-
-    Attributes:
-        weight: lambda in A_t = A + lambda z(r_t).
-        values: r_t, ``[B, T]`` float32.
-        mask: ``[B, T]`` bool, the tokens that have one.
-    """
-
-    weight: float
-    values: Tensor
-    mask: Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class Scores:
-    """What a reward says of a batch.
-
-    Attributes:
-        values: ``[B]`` float32 on the CPU; NaN where a rollout cannot be scored.
-        dense: Per-token parts.
-        parts: Named values ``[B]`` for the logs: raw readings, components.
-        metrics: Named numbers for the logs.
-    """
-
-    values: Tensor
-    dense: Sequence[Dense] = ()
-    parts: Mapping[str, Tensor] = field(default_factory=dict)
-    metrics: Mapping[str, float] = field(default_factory=dict)
-
-
-class Source(Protocol):
-    """Whatever can turn a call from a trainer into a rollout batch, and produce readings for it."""
-
-    def batch(self, call: Call) -> RolloutBatch:
-        """The call with its token ids and groups."""
-        ...
-
-    def read(self, batch: RolloutBatch, requests: Sequence[Request]) -> Mapping[Request, Readings]:
-        """Values ``[B, T, K]`` and their mask ``[B, T]``, for each request."""
-        ...
-
-    def accept(self, reward: Reward, batch: RolloutBatch, scores: Scores) -> None:
-        """Take what a list of numbers cannot carry: dense parts, and the guards' verdicts in ``batch``."""
-        ...
 
 
 class Reward:
     """A reward: declares what it needs read, and scores a batch from the readings. It never touches a model.
 
     An instance is a TRL reward function. Called by a trainer, it finds the activations by itself (see
-    ``rollout/resolve.py``); called by hand, it needs ``source=HFSource(model, tokenizer)``.
+    ``rollout/plain.py``); called by hand, it needs ``source=HFSource(model, tokenizer)``.
     """
+
+    guards: Sequence[Guard] | None = ()
+    """The guards that this reward brings along; None for the repetition detector, unless a trainer guards."""
 
     def __init__(self, name: str):
         self.__name__ = name
+
+    @property
+    def children(self) -> Sequence[tuple[Reward, float]]:
+        """The rewards that this one is made of, each with its weight."""
+        return ()
 
     @property
     def requests(self) -> list[Request]:
@@ -115,8 +75,12 @@ class Reward:
         """Restore running statistics."""
 
     def guard(self, batch: RolloutBatch, readings: Mapping[Request, Readings]) -> RolloutBatch:
-        """Run this reward's own guards over the batch, before it scores."""
-        return batch
+        """Run the guards of this reward and of all that it is made of over the batch, before anything is scored.
+
+        A trainer's guards have looked at the batch by then, and left their flags: the default one stands back.
+        """
+        default = [RepetitionDetector()] if self.guards is None and batch.flags is None else []
+        return apply_guards([*default, *guards_of([self])], batch, readings)
 
     def __call__(
         self,
@@ -150,7 +114,7 @@ class Reward:
         began = time.perf_counter()
         if isinstance(source, (list, tuple)):  # a dataset's column of that name, which NuminaMath has
             columns, source = {**columns, "source": source}, None
-        origin = resolve_source(source, log_metric, needs_model=bool(self.requests))
+        origin = find_source(source, log_metric, needs_model=bool(self.requests))
         batch = origin.batch(Call(prompts, completions, completion_ids, columns))
         readings = origin.read(batch, self.requests) if self.requests else {}
         guarded = self.guard(batch, readings)
@@ -186,3 +150,18 @@ class Reward:
                 columns["flags"] = ["; ".join(said) for said in flags]
             for name, values in columns.items():
                 log_extra(f"{self.__name__}/{name}", values)
+
+
+def all_within(rewards: Iterable[Any]) -> Iterator[Any]:
+    """Yield reward functions and all that they are made of, however deep they are nested."""
+    for reward in rewards:
+        yield reward
+        if isinstance(reward, Reward):
+            yield from all_within(child for child, _ in reward.children)
+
+
+def guards_of(rewards: Iterable[Any]) -> Iterator[Guard]:
+    """Yield the guards that reward functions bring along."""
+    for reward in all_within(rewards):
+        if isinstance(reward, Reward):
+            yield from reward.guards or ()

@@ -14,18 +14,15 @@ from torch import Tensor
 
 from mechreward.errors import ConfigError, RewardError, nearest
 from mechreward.readout import Readings, Request
-from mechreward.reward.base import Reward, Scores
+from mechreward.reward.base import Reward, all_within
 from mechreward.reward.guards import (
     Guard,
-    RepetitionDetector,
-    all_within,
-    apply_guards,
     attach,
     guards_state,
     load_guards_state,
 )
 from mechreward.reward.outcome import OutcomeReward
-from mechreward.rollout.batch import RolloutBatch
+from mechreward.rollout.batch import RolloutBatch, Scores
 
 Mode = Literal["sum", "hero", "gated"]
 MODES: tuple[Mode, ...] = ("sum", "hero", "gated")
@@ -135,24 +132,14 @@ class CompositeReward(Reward):
         attach(self.guards or [], [self])
 
     @property
+    def children(self) -> list[tuple[Reward, float]]:
+        return list(zip(self.rewards, self.weights, strict=True))
+
+    @property
     def requests(self) -> list[Request]:
         return list(
             dict.fromkeys(request for part in [*self.rewards, *(self.guards or [])] for request in part.requests)
         )
-
-    def guard(self, batch: RolloutBatch, readings: Mapping[Request, Readings]) -> RolloutBatch:
-        if self.guards is not None:
-            batch = apply_guards(self.guards, batch, readings)
-        elif batch.flags is None:
-            batch = apply_guards([RepetitionDetector()], batch, readings)
-        return self._guarded_by_parts(batch, readings)
-
-    def _guarded_by_parts(self, batch: RolloutBatch, readings: Mapping[Request, Readings]) -> RolloutBatch:
-        """What parts with a guard of their own say, such as a DualVerifier, however deep they are nested."""
-        for part in self.rewards:
-            nested = isinstance(part, CompositeReward)
-            batch = (part._guarded_by_parts if nested else part.guard)(batch, readings)
-        return batch
 
     def score(self, batch: RolloutBatch, readings: Mapping[Request, Readings], sense: float = 1.0) -> Scores:
         """Score every part, then combine."""

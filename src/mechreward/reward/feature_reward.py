@@ -17,10 +17,10 @@ from mechreward.aggregation import attention_over
 from mechreward.errors import CandidateWarning, ConfigError, PackError, RewardError, nearest
 from mechreward.features.pack import Calibration, FeaturePack
 from mechreward.readout import LogitReadout, Readings, Readout, Reads, Request
-from mechreward.reward.base import Dense, Reward, Scores
+from mechreward.reward.base import Reward
 from mechreward.reward.normalization import zscore_in_batch, zscore_in_group
 from mechreward.reward.schedule import Schedule
-from mechreward.rollout.batch import RolloutBatch
+from mechreward.rollout.batch import Dense, RolloutBatch, Scores
 from mechreward.sae.handle import SAEHandle
 
 logger = logging.getLogger(__name__)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -39,6 +39,29 @@ class Guard(Protocol):
     def __call__(self, batch: RolloutBatch, readings: Mapping[Request, Readings]) -> Verdict: ...
 
 
+@runtime_checkable
+class Learns(Protocol):
+    """A guard that learns from rollouts: what it has learned is saved with checkpoints (JSON)."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+@runtime_checkable
+class Attaches(Protocol):
+    """A guard that is told which rewards it guards."""
+
+    def attach(self, rewards: Sequence[Any]) -> None: ...
+
+
+@runtime_checkable
+class Detects(Protocol):
+    """A guard made of named detectors, some of which may be disabled: each has a rate in the logs."""
+
+    names: Sequence[str]
+
+
 def apply_guards(guards: Sequence[Guard], batch: RolloutBatch, readings: Mapping[Request, Readings]) -> RolloutBatch:
     """The batch with every guard's verdict: the lowest trust wins.
 
@@ -56,8 +79,8 @@ def apply_guards(guards: Sequence[Guard], batch: RolloutBatch, readings: Mapping
 def attach(guards: Sequence[Guard], rewards: Sequence[Any]) -> None:
     """Tell guards that want to know which rewards they guard."""
     for guard in guards:
-        if hasattr(guard, "attach"):
-            guard.attach(rewards)  # pyright: ignore[reportAttributeAccessIssue]
+        if isinstance(guard, Attaches):
+            guard.attach(rewards)
 
 
 def guards_state(guards: Sequence[Guard]) -> dict[str, Any]:
@@ -76,27 +99,10 @@ def _that_learn(guards: Sequence[Guard]) -> Iterator[tuple[str, Any]]:
     """Those with a state, by their class; the second of a class is ``Class_2``."""
     seen: Counter[str] = Counter()
     for guard in guards:
-        if hasattr(guard, "state_dict"):
+        if isinstance(guard, Learns):
             kind = type(guard).__name__
             seen[kind] += 1
             yield kind if seen[kind] == 1 else f"{kind}_{seen[kind]}", guard
-
-
-def all_within(rewards: Sequence[Any]) -> Iterator[Any]:
-    """Rewards, and those that they are made of, however deep they are nested."""
-    for reward in rewards:
-        yield reward
-        yield from all_within(getattr(reward, "rewards", ()))  # a composite, a OneSidedPenalty
-        if hasattr(reward, "feature_reward"):  # a DualVerifier
-            yield from all_within([reward.feature_reward])
-
-
-def guards_of(rewards: Sequence[Any]) -> Iterator[Guard]:
-    """The guards that rewards bring along."""
-    for reward in all_within(rewards):
-        yield from getattr(reward, "guards", None) or ()
-        if hasattr(reward, "disagreement"):
-            yield reward.disagreement
 
 
 def flag_rates(flags: Sequence[Sequence[str]], guards: Sequence[Guard] = ()) -> dict[str, float]:
@@ -110,7 +116,8 @@ def flag_rates(flags: Sequence[Sequence[str]], guards: Sequence[Guard] = ()) -> 
     """
     rows = [{said.split(":")[0] for said in row} for row in flags]
     rates = {"flagged": sum(map(bool, rows)) / max(len(rows), 1)}
-    for name in sorted({name for guard in guards for name in getattr(guard, "names", ())}.union(*rows)):
+    detectors = {name for guard in guards if isinstance(guard, Detects) for name in guard.names}
+    for name in sorted(detectors.union(*rows)):
         rates[f"flagged/{name}"] = sum(name in row for row in rows) / max(len(rows), 1)
     return rates | {f"disabled/{name}": 1.0 for guard in guards for name in getattr(guard, "disabled", ())}
 

@@ -11,8 +11,8 @@ import torch
 
 from mechreward.errors import RewardError, nearest
 from mechreward.readout import Readings, Request
-from mechreward.reward.base import VERIFIER_SECONDS, Reward, Scores
-from mechreward.rollout.batch import RolloutBatch
+from mechreward.reward.base import VERIFIER_SECONDS, Reward
+from mechreward.rollout.batch import RolloutBatch, Scores
 from mechreward.verifiers.golds import GOLD_COLUMNS, Verifier, gold_columns, golds, verdicts
 
 logger = logging.getLogger(__name__)

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mechreward.reward.base import Reward, Scores
+from mechreward.reward.base import Reward
 from mechreward.reward.composition import CompositeReward, holds_outcome, labels
 from mechreward.reward.normalization import nan_moments
+from mechreward.rollout.batch import Scores
 
 logger = logging.getLogger(__name__)
 

@@ -243,3 +243,35 @@ class RolloutBatch:
             trust, dropped = torch.minimum(self.trust, trust), self.dropped | dropped
             flags = [list(dict.fromkeys([*old, *new])) for old, new in zip(self.flags, flags, strict=True)]
         return replace(self, trust=trust, dropped=dropped, flags=flags)
+
+
+@dataclass(frozen=True, eq=False)
+class Dense:
+    """Per-token rewards, which become part of the advantages.
+
+    Attributes:
+        weight: lambda in A_t = A + lambda z(r_t).
+        values: r_t, ``[B, T]`` float32.
+        mask: ``[B, T]`` bool, the tokens that have one.
+    """
+
+    weight: float
+    values: Tensor
+    mask: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """What a reward says of a batch.
+
+    Attributes:
+        values: ``[B]`` float32 on the CPU; NaN where a rollout cannot be scored.
+        dense: Per-token parts.
+        parts: Named values ``[B]`` for the logs: raw readings, components.
+        metrics: Named numbers for the logs.
+    """
+
+    values: Tensor
+    dense: Sequence[Dense] = ()
+    parts: Mapping[str, Tensor] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 BACKENDS = ("aux", "hook", "second_pass", "forward")
 
-WORKER = "mechreward.integrations.vllm_worker.ReadingWorker"
+WORKER = "mechreward.rollout.vllm_worker.ReadingWorker"
 
 ADDING = ("gemma", "gemma2", "gemma3", "llama", "qwen2", "qwen3")
 """vLLM's modules whose decoder layers hand on two tensors that add up to the residual stream, which hooks rely on:

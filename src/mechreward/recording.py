@@ -8,11 +8,8 @@ Nothing here draws a random number or touches a model: with and without it, the 
 from __future__ import annotations
 
 import functools
-import importlib.metadata
-import json
 import logging
 import math
-import platform
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,20 +24,18 @@ from transformers import TrainerCallback
 
 from mechreward import pocket
 from mechreward.features.examples import token_texts
+from mechreward.files import ENVIRONMENT, append, environment, forget_after, read_jsonl, write_json
 from mechreward.hacking.monitor import untouched_randomness
-from mechreward.integrations.made import made_now
 from mechreward.readout import Readings, Request
-from mechreward.reward.base import Scores
+from mechreward.reward.base import all_within
 from mechreward.reward.feature_reward import FeatureReward
-from mechreward.reward.guards import all_within
 from mechreward.reward.outcome import OutcomeReward
-from mechreward.rollout.batch import RolloutBatch, plain_text
+from mechreward.rollout.batch import RolloutBatch, Scores, plain_text
 from mechreward.verifiers.golds import gold, gold_columns
 
 logger = logging.getLogger(__name__)
 
 RECORDING, METRICS, TRACE = "recording.json", "metrics.jsonl", "trace.jsonl"
-ENVIRONMENT = "environment.json"
 
 COLUMNS = 32
 """Columns of a readout that are recorded: those with the largest weights."""
@@ -50,64 +45,6 @@ TOKENS = 1024
 
 ROLLOUTS = 8
 """Rollouts of one step that are recorded at most: recording must not slow training down."""
-
-PACKAGES = ("mechreward", "torch", "transformers", "trl", "accelerate", "datasets", "peft", "math-verify")
-
-
-# -- files ---------------------------------------------------------------------------------------------------------
-
-
-def read_jsonl(file: Path) -> list[dict[str, Any]]:
-    """The records of a JSONL file; a last line that was cut off is left out."""
-    records = []
-    for line in file.read_text(encoding="utf-8-sig").splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records
-
-
-def append(file: Path, records: Sequence[Mapping[str, Any]]) -> None:
-    with file.open("a", encoding="utf-8") as lines:
-        lines.writelines(json.dumps(record) + "\n" for record in records)
-
-
-def write(file: Path, text: str) -> None:
-    """All or nothing: a file that is there counts as finished."""
-    unfinished = file.with_suffix(".part")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(file)
-
-
-def write_json(file: Path, content: Mapping[str, Any]) -> None:
-    write(file, json.dumps(content, indent=2) + "\n")
-
-
-def forget_after(file: Path, step: int) -> None:
-    """Drop what was recorded after a step: it is about to be computed again."""
-    if file.exists():
-        write(file, "".join(json.dumps(r) + "\n" for r in read_jsonl(file) if r["step"] <= step))
-
-
-def environment() -> dict[str, Any]:
-    """What the run ran on, at which commit and when; no names of machines or people."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
-    return {
-        "python": platform.python_version(),
-        "packages": {name: importlib.metadata.version(name) for name in PACKAGES if _installed(name)},
-        "device": device,
-        "threads": torch.get_num_threads(),
-        "system": platform.system(),
-        **made_now(),
-    }
-
-
-def _installed(name: str) -> bool:
-    try:
-        return bool(importlib.metadata.version(name))
-    except importlib.metadata.PackageNotFoundError:
-        return False
 
 
 def peak_memory() -> tuple[str, int] | None:
