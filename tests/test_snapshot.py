@@ -1,0 +1,13 @@
+"""Names, console help and formats change only on purpose: then `python tests/helpers/snapshot.py interfaces --write`."""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent / "helpers"))
+import snapshot
+
+
+def test_interfaces_are_as_stored():
+    stored = json.loads(snapshot.STORED.read_text(encoding="utf-8"))
+    assert snapshot.differences(stored, snapshot.interfaces()) == ""
