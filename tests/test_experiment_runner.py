@@ -22,10 +22,10 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mechreward as mr
+from mechreward import recording
 from mechreward.errors import ConfigError, MechRewardError
 from mechreward.experiments import arms, data, runner
 from mechreward.experiments.config import read_config
-from mechreward.integrations import recording
 from test_experiment_config import TEXT, one_sentence, swapped, tiny
 
 ROOT = Path(__file__).parent.parent

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 import mechreward as mr
-from mechreward.integrations import recording
+from mechreward import recording
 from mechreward.integrations.trl_grpo import MechRewardGRPOConfig, MechRewardGRPOTrainer
 from mechreward.recording import read_jsonl
 from mechreward.reward.base import Reward

@@ -28,12 +28,14 @@ import torch
 from jinja2 import TemplateError
 from numpy.typing import NDArray
 
+from mechreward import progress
 from mechreward.errors import DataError
 from mechreward.rollout.batch import Call, RolloutBatch
 from mechreward.rollout.capture import text_config
-from mechreward.rollout.hf import HFSource, sample, samples_depend_on
+from mechreward.rollout.sampling import sample, samples_depend_on
+from mechreward.rollout.source import HFSource
 from mechreward.schema import shown
-from mechreward.unfinished import Tell, Unfinished, digest, silent
+from mechreward.unfinished import Unfinished, digest
 from mechreward.verifiers.golds import golds, verdicts
 
 Verifier = Callable[[Sequence[str], Sequence[str]], Sequence[bool | None]]
@@ -100,7 +102,6 @@ def sample_rollouts(
     seed: int = 0,
     batch_size: int = 64,
     unfinished: Unfinished | None = None,
-    tell: Tell = silent,
     **generate: Any,
 ) -> Labelled:
     """Sample the model on questions, and label each rollout by the verifier.
@@ -115,7 +116,6 @@ def sample_rollouts(
         seed: Of torch's generator, which is left as it was.
         batch_size: Rollouts sampled at once.
         unfinished: Keeps the rollouts batch by batch, so that sampling can be interrupted.
-        tell: Called with the rollouts that are there, and how many there will be.
         generate: Options of HF `generate`.
 
     Raises:
@@ -125,9 +125,9 @@ def sample_rollouts(
     if unfinished is not None:
         decides = samples_depend_on(model, prompts, rollouts, batch_size, seed, generate)
         kept = unfinished.steps("rollouts", decides)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), progress.stage("Sampling rollouts", len(prompts) * rollouts):
         torch.manual_seed(seed)
-        batch = sample(model, tokenizer, prompts, rollouts, batch_size, kept, tell, **generate)
+        batch = sample(model, tokenizer, prompts, rollouts, batch_size, kept, **generate)
     answers = [cell for cell in questions["answer"] for _ in range(rollouts)]
     said = verdicts(verifier, batch.texts, golds(verifier, answers, "answer"))
     decided = [i for i, verdict in enumerate(said) if verdict is not None]

@@ -13,11 +13,11 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from mechreward import pocket
+from mechreward import pocket, progress
 from mechreward.errors import ConfigError, nearest
 from mechreward.rollout.batch import RolloutBatch
 from mechreward.rollout.capture import leaves_out_softcap, unwrap
-from mechreward.unfinished import Steps, Tell, digest, silent
+from mechreward.unfinished import Steps, digest
 
 
 def load_model(name: str, dtype: torch.dtype | str = "auto") -> tuple[Any, Any]:
@@ -83,7 +83,6 @@ def sample(
     num_generations: int,
     batch_size: int = 256,
     kept: Steps | None = None,
-    tell: Tell = silent,
     **generate: Any,
 ) -> RolloutBatch:
     """Sample rollouts with HF `generate`, ``num_generations`` a prompt, groups contiguous.
@@ -98,7 +97,6 @@ def sample(
         num_generations: Rollouts a prompt.
         batch_size: Rollouts sampled at once.
         kept: Batches that were sampled before, decided by :func:`samples_depend_on`; new ones are added.
-        tell: Called with the rollouts that are there, and how many there will be.
         generate: Options of HF `generate`.
     """
     repeated = [p for p in prompts for _ in range(num_generations)]
@@ -115,7 +113,7 @@ def sample(
             kept.add([completions, _generator(model.device)])
         prompt_ids += asked
         completion_ids += completions
-        tell(len(completion_ids), len(repeated))
+        progress.advance(len(completions))
     return RolloutBatch(
         prompts=repeated,
         completions=tokenizer.batch_decode(completion_ids, skip_special_tokens=True),

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from mechreward import progress
 from mechreward.aggregation import Aggregate, aggregation
 from mechreward.errors import RewardError
 from mechreward.readout import HookPoint, Readings, Readout, ReadoutBank, Request
@@ -26,7 +27,6 @@ from mechreward.rollout.capture import (
     truncated_forward,
 )
 from mechreward.rollout.sampling import end_token, end_tokens
-from mechreward.unfinished import Tell, silent
 
 MAX_TOKENS = 4096
 """Padded tokens in one forward pass of our own: more would take more memory than the trainer's own passes."""
@@ -59,7 +59,6 @@ def read_forward(
     read_last: bool = False,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
     max_tokens: int = MAX_TOKENS,
-    tell: Tell = silent,
 ) -> dict[Readout, Readings]:
     """Read a batch's completions with forward passes of our own, truncated after the deepest hook.
 
@@ -74,7 +73,6 @@ def read_forward(
         read_last: Include the final sampled token.
         autocast: The precision context of the trainer's own passes.
         max_tokens: Padded tokens in one pass.
-        tell: Called with the rollouts that were read, and how many there are.
 
     Returns:
         For each readout, values ``[B, T, K']`` float32 and mask ``[B, T]``, on the model's device.
@@ -87,7 +85,8 @@ def read_forward(
     values = torch.zeros(*mask.shape, len(bank), device=device)
     rows = [list(p) + list(c) for p, c in zip(batch.prompt_ids, batch.completion_ids, strict=True)]
     chunks = _chunks([i for i in range(len(rows)) if mask[i].any()], rows, max_tokens)
-    tap, done = ResidualTap(model, bank.hook_points), len(rows) - sum(map(len, chunks))
+    tap = ResidualTap(model, bank.hook_points)
+    progress.advance(len(rows) - sum(map(len, chunks)))
     try:
         # Agreed before the first pass: a sharded model's processes must do the same things in the same order.
         idle = _most(len(chunks), device) - len(chunks) if is_sharded(model) else 0
@@ -108,8 +107,7 @@ def read_forward(
             block = torch.zeros(len(chunk), *values.shape[1:], device=device)
             block[mask[chunk].to(device)] = reader.values().to(device)  # FSDP may keep the parameters elsewhere
             values[chunk] = block
-            done += len(chunk)
-            tell(done, len(rows))
+            progress.advance(len(chunk))
         for _ in range(idle):
             token = torch.zeros(1, 1, dtype=torch.long, device=device)
             with autocast():
@@ -258,7 +256,7 @@ def refuse_dense(scores: Scores) -> None:
 
 
 def read_in_pieces(
-    model: nn.Module, batch: RolloutBatch, readouts: Sequence[Readout], tell: Tell = silent
+    model: nn.Module, batch: RolloutBatch, readouts: Sequence[Readout]
 ) -> Iterator[tuple[RolloutBatch, list[Readings]]]:
     """Read a batch a few rollouts at a time, so that all latents of whole dictionaries can be read.
 
@@ -266,7 +264,6 @@ def read_in_pieces(
         model: Any HF causal language model.
         batch: Rollouts.
         readouts: What to read.
-        tell: Called with the rollouts that were read, and how many there are.
 
     Yields:
         The next rollouts, and their readings by each readout, values ``[b, T, K]``.
@@ -275,20 +272,18 @@ def read_in_pieces(
     step = max(1, MAX_NUMBERS // (batch.longest * len(bank)))
     for start in range(0, len(batch), step):
         piece = batch.take(range(start, min(start + step, len(batch))))
-        read = read_forward(model, piece, bank, tell=lambda done, _, start=start: tell(start + done, len(batch)))
+        read = read_forward(model, piece, bank)
         yield piece, [read[readout] for readout in readouts]
 
 
-def pooled(
-    model: nn.Module, batch: RolloutBatch, readouts: Sequence[Readout], how: str = "mean", tell: Tell = silent
-) -> Iterator[Tensor]:
+def pooled(model: nn.Module, batch: RolloutBatch, readouts: Sequence[Readout], how: str = "mean") -> Iterator[Tensor]:
     """Readings aggregated over each rollout's tokens, a few rollouts at a time.
 
     Yields:
         ``[b, K]`` float32 on the CPU, K the columns of all readouts, in their order; NaN where no token is read.
     """
     aggregate = aggregation(how)
-    for _, readings in read_in_pieces(model, batch, readouts, tell):
+    for _, readings in read_in_pieces(model, batch, readouts):
         yield torch.cat([over_tokens(each, aggregate) for each in readings], dim=1)
 
 
