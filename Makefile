@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-slow test-browser test-engines test-vllm test-verl lint docs pocket clean
+.PHONY: demo test test-slow test-slow-core test-browser test-engines test-vllm test-verl lint docs pocket clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python scripts/demo.py
@@ -14,6 +14,11 @@ test: $(VENV)/.dev
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -n auto --dist loadfile -m 'slow and not engine'
+
+# Of these, what the core stands on: sharded models, the reference, hooks under compile, and the wheel.
+SLOW_CORE := tests/test_capture.py tests/test_reference.py tests/test_scale.py tests/test_package.py tests/test_cli.py
+test-slow-core: $(VENV)/.dev
+	$(BIN)/python -m pytest -n auto --dist loadfile -m 'slow and not engine' $(SLOW_CORE)
 
 # The report in Chromium, which the system brings: apt-get install chromium.
 test-browser: $(VENV)/.dev

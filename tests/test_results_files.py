@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mechreward.files import made_by, made_now, made_sentence
-from mechreward.integrations import made as module
+from mechreward import files as module
 from mechreward.recording import environment
 
 ROOT = Path(__file__).parent.parent

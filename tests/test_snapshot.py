@@ -1,4 +1,4 @@
-"""Names, console help and formats change only on purpose: then `python tests/helpers/snapshot.py interfaces --write`."""
+"""Names, console help and formats change on purpose alone: `python tests/helpers/snapshot.py interfaces --write`."""
 
 import json
 import sys
