@@ -43,7 +43,8 @@ import torch
 
 import mechreward as mr
 from mechreward.files import made_now, made_sentence
-from mechreward.integrations.server.scorer import Rollout, Scorer, Served
+from mechreward.integrations.served import Served
+from mechreward.integrations.server.scorer import Rollout, Scorer
 from mechreward.pocket.questions import questions
 
 RESULTS = Path(__file__).parent / "results"

@@ -20,9 +20,10 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import mechreward
 from mechreward.errors import ModelMismatchError, RewardError
+from mechreward.integrations.served import Served
 from mechreward.integrations.server import app as server
 from mechreward.integrations.server.models import ModelLimits
-from mechreward.integrations.server.scorer import Score, Served
+from mechreward.integrations.server.scorer import Score
 from mechreward.integrations.server.worker import WorkerDied
 
 SERVED = Served("mechreward/pocket", ("pocket/reasoning_pack",))

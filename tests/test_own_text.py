@@ -28,8 +28,9 @@ from mechreward.hacking.signs import (
     Rewarded,
     Template,
 )
-from mechreward.integrations.server.protocol import ScoreRequest
-from mechreward.integrations.server.scorer import Rollout, Scorer, Served
+from mechreward.integrations.protocol import ScoreRequest
+from mechreward.integrations.served import Served
+from mechreward.integrations.server.scorer import Rollout, Scorer
 from mechreward.integrations.trl.trainer import RolloutsInTraining
 from mechreward.readout import HookPoint, Readings
 from mechreward.rollout.batch import Call, RolloutBatch, own_text, plain_text

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from mechreward.files import made_by, made_now, made_sentence
 from mechreward import files as module
+from mechreward.files import made_by, made_now, made_sentence
 from mechreward.recording import environment
 
 ROOT = Path(__file__).parent.parent

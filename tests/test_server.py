@@ -24,9 +24,10 @@ import stand_in
 from by_hand import saelens
 from mechreward.errors import ConfigError
 from mechreward.hacking.adversarial import AdversarialSuite
+from mechreward.integrations.served import Served, build_reward
 from mechreward.integrations.server import app as server
 from mechreward.integrations.server import worker as worker_module
-from mechreward.integrations.server.scorer import Rollout, Scorer, Served, build_reward
+from mechreward.integrations.server.scorer import Rollout, Scorer
 from mechreward.integrations.server.worker import Worker, WorkerDied
 from mechreward.pocket.questions import questions
 from serving import (

@@ -407,7 +407,7 @@ class Asked:
     """In the client's place: keeps what is asked, and answers as told."""
 
     def __init__(self, reward, tokens, flags):
-        from mechreward.integrations.server.protocol import ScoreReply
+        from mechreward.integrations.protocol import ScoreReply
 
         self.reply = ScoreReply(rewards=[reward], version="initial", token_rewards=[tokens], flags=[flags])
 

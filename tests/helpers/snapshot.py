@@ -128,8 +128,8 @@ def formats() -> dict[str, Any]:
     """Packs, probes, the server's interface; and what a recorded training with a checkpoint leaves in its folder."""
     from mechreward import pocket
     from mechreward.features.pack import FeaturePack
+    from mechreward.integrations.served import Served
     from mechreward.integrations.server.app import Settings, create_app
-    from mechreward.integrations.server.scorer import Served
 
     probe = json.loads((pocket.files().parents[1] / "catalogs/pocket/correctness_probe.json").read_text())
     served = Served(model="mechreward/pocket", packs=("pocket/reasoning_pack",))

@@ -18,7 +18,7 @@ from verl.workers.engine_workers import TrainingWorker, TrainingWorkerConfig
 from verl.workers.utils.padding import left_right_2_no_padding
 
 import mechreward as mr
-from mechreward.integrations.server.scorer import Served
+from mechreward.integrations.served import Served
 from mechreward.integrations.verl.engine import READ, READINGS
 
 ROLLOUTS = [([1, 30, 31, 32], [40, 41, 42]), ([1, 50], [60, 61, 62, 63, 64]), ([1, 33, 34], [70, 2])]

@@ -74,9 +74,9 @@ def serve(
     uvicorn = require("uvicorn", "server")
     require("fastapi", "server")
     require("prometheus_client", "server")
+    from mechreward.integrations.served import Served, build_reward
     from mechreward.integrations.server.app import Settings, create_app
     from mechreward.integrations.server.log import CONFIG
-    from mechreward.integrations.server.scorer import Served, build_reward
 
     served = Served(
         model=model, packs=tuple(pack or ()), probes=tuple(probe or ()), weights=weight, verifier=verifier, mode=mode,

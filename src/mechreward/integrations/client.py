@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from mechreward.errors import RewardError, ServiceError
 from mechreward.extras import require
-from mechreward.integrations.server.protocol import (
+from mechreward.integrations.protocol import (
     Detail,
     OpenRLHFReply,
     OpenRLHFRequest,

@@ -25,7 +25,8 @@ from mechreward.extras import require
 from mechreward.readout import HookPoint, Readings, Readout, ReadoutBank, Request
 from mechreward.rollout.batch import RolloutBatch
 from mechreward.rollout.capture import check_family
-from mechreward.rollout.hf import end_tokens, group_requests, load_model, read_forward
+from mechreward.rollout.sampling import end_tokens, load_model
+from mechreward.rollout.source import group_requests, read_forward
 from mechreward.rollout.wire import match, receive_fed, send_bank
 
 logger = logging.getLogger(__name__)

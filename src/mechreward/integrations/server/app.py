@@ -23,8 +23,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, G
 
 from mechreward import pocket
 from mechreward.errors import ConfigError, MechRewardError
-from mechreward.integrations.server.batching import Batcher, Draining, Full
-from mechreward.integrations.server.protocol import (
+from mechreward.integrations.protocol import (
     OpenRLHFReply,
     OpenRLHFRequest,
     Problem,
@@ -33,7 +32,9 @@ from mechreward.integrations.server.protocol import (
     SlimeRequest,
     WeightsReply,
 )
-from mechreward.integrations.server.scorer import Rollout, Score, Served
+from mechreward.integrations.served import Served
+from mechreward.integrations.server.batching import Batcher, Draining, Full
+from mechreward.integrations.server.scorer import Rollout, Score
 from mechreward.integrations.server.worker import Worker, WorkerDied
 
 logger = logging.getLogger("mechreward.server")
@@ -120,74 +121,86 @@ class Metrics:
         self.pushes = Counter("mechreward_weight_pushes", "Pushed weights that were taken.", **named)
 
 
+PROBLEMS: dict[int | str, dict[str, Any]] = {
+    status: {"model": Problem, "description": why}
+    for status, why in {
+        400: "The body is no JSON.",
+        401: "The token is missing or wrong.",
+        408: "The body came too slowly.",
+        413: "The body, or the number of rollouts, is too large.",
+        415: "The body is not sent as what it is.",
+        422: "The request is not understood.",
+        429: "The queue is full: try again after Retry-After seconds.",
+        500: "The batch could not be scored.",
+        503: "The worker is starting, or the server is stopping: try again after Retry-After seconds.",
+    }.items()
+}
+"""Answers that any route may give, for the schema."""
+
+
 def create_app(served: Served, settings: Settings) -> FastAPI:
-    """The server's ASGI application; the worker starts with it.
+    """Return the server's ASGI application; the worker starts with it.
 
     Raises:
         ConfigError: The tokenizer cannot be loaded.
     """
-    metrics = Metrics()
-    tokenizer = _tokenizer(served.model)
-    folder = tempfile.TemporaryDirectory(prefix="mechreward-")
-    worker = Worker(served, Path(folder.name))
-
-    async def scored(rollouts: Sequence[Rollout]) -> list[Score]:
-        metrics.batch.observe(len(rollouts))
-        return await worker.score(rollouts)
-
-    batcher = Batcher(scored, settings.batch_tokens, settings.queue_tokens)
-    metrics.waiting.set_function(lambda: batcher.waiting_tokens)
-    metrics.restarts.set_function(lambda: worker.restarts)
-
-    @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        await worker.start()
-        batcher.start()
-        logger.info(json.dumps({"event": "ready", "model": served.model}))
-        yield
-        await batcher.drain()
-        worker.stop()
-        folder.cleanup()
-
+    server = RewardServer(served, settings)
     app = FastAPI(
         title="mechreward",
         description="Rewards from a language model's residual stream.",
-        lifespan=lifespan,
-        responses={
-            status: {"model": Problem, "description": why}
-            for status, why in {
-                400: "The body is no JSON.",
-                401: "The token is missing or wrong.",
-                408: "The body came too slowly.",
-                413: "The body, or the number of rollouts, is too large.",
-                415: "The body is not sent as what it is.",
-                422: "The request is not understood.",
-                429: "The queue is full: try again after Retry-After seconds.",
-                500: "The batch could not be scored.",
-                503: "The worker is starting, or the server is stopping: try again after Retry-After seconds.",
-            }.items()
-        },
+        lifespan=server.lifespan,
+        responses=PROBLEMS,
     )
-    app.state.worker, app.state.batcher = worker, batcher
+    app.state.worker, app.state.batcher = server.worker, server.batcher
+    app.add_middleware(Gatekeeper, settings=settings, metrics=server.metrics)  # pyright: ignore[reportArgumentType]
+    app.add_exception_handler(RequestValidationError, misunderstood)  # pyright: ignore[reportArgumentType]
+
     bearer = [Security(HTTPBearer(auto_error=False))] if settings.token else []  # for the schema; see Gatekeeper
-    app.add_middleware(Gatekeeper, settings=settings, metrics=metrics)  # pyright: ignore[reportArgumentType]
+    for route in (server.score_tokens, server.get_reward, server.slime):
+        app.post(f"/{route.__name__}", dependencies=bearer)(route)
+    app.post(
+        "/weights",
+        dependencies=bearer,
+        responses={409: {"model": Problem, "description": "The server's weights are frozen."}},
+        openapi_extra={"requestBody": {"content": {BYTES: {}}, "required": True}},
+    )(server.weights)
+    app.get("/healthz")(server.healthz)
+    app.get("/readyz")(server.readyz)
+    app.get("/metrics", dependencies=bearer, responses={200: {"content": {"text/plain": {}}}})(server.metrics_)
+    return app
 
-    @app.exception_handler(RequestValidationError)
-    async def misunderstood(request: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        if first["type"] == "json_invalid":
-            return Refused(400, f"The body is no JSON: {first['ctx']['error']}.").response
-        if first["loc"] == ("body",) and "json" not in request.headers.get("content-type", ""):
-            return Refused(415, "The body is not sent as JSON: give it Content-Type: application/json.").response
-        where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"][1:])
-        says = first["msg"].removeprefix("Value error, ")
-        return Refused(422, f"{where.removeprefix('.') or 'The request'}: {says}.").response
 
-    async def ask(request: Request, rollouts: Sequence[Rollout]) -> list[Score]:
-        _check(rollouts, worker, served, settings)
+class RewardServer:
+    """The routes of one server, and the queue and the worker behind them."""
+
+    def __init__(self, served: Served, settings: Settings):
+        self.served, self.settings, self.metrics = served, settings, Metrics()
+        self.tokenizer = _tokenizer(served.model)
+        self.folder = tempfile.TemporaryDirectory(prefix="mechreward-")
+        self.worker = Worker(served, Path(self.folder.name))
+        self.batcher = Batcher(self.scored, settings.batch_tokens, settings.queue_tokens)
+        self.metrics.waiting.set_function(lambda: self.batcher.waiting_tokens)
+        self.metrics.restarts.set_function(lambda: self.worker.restarts)
+
+    @asynccontextmanager
+    async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
+        await self.worker.start()
+        self.batcher.start()
+        logger.info(json.dumps({"event": "ready", "model": self.served.model}))
+        yield
+        await self.batcher.drain()
+        self.worker.stop()
+        self.folder.cleanup()
+
+    async def scored(self, rollouts: Sequence[Rollout]) -> list[Score]:
+        self.metrics.batch.observe(len(rollouts))
+        return await self.worker.score(rollouts)
+
+    async def ask(self, request: Request, rollouts: Sequence[Rollout]) -> list[Score]:
+        _check(rollouts, self.worker, self.served, self.settings)
         request.state.rollouts, request.state.tokens = len(rollouts), sum(map(len, rollouts))
         try:
-            scores = await unless_gone(request, batcher.submit(rollouts))
+            scores = await unless_gone(request, self.batcher.submit(rollouts))
         except Full as full:
             raise Refused(429, "The queue is full: try again later, or start more servers.", full.wait) from full
         except Draining:
@@ -196,19 +209,25 @@ def create_app(served: Served, settings: Settings) -> FastAPI:
             raise Refused(503, "The worker died over this batch: try again.", RESTART) from None
         except MechRewardError as error:
             raise Refused(500, str(error)) from error
-        metrics.rollouts.inc(len(scores))
-        metrics.tokens.inc(request.state.tokens)
-        metrics.flagged.inc(sum(bool(score.flags) for score in scores))
-        metrics.unscored.inc(sum(score.reward is None for score in scores))
+        self.metrics.rollouts.inc(len(scores))
+        self.metrics.tokens.inc(request.state.tokens)
+        self.metrics.flagged.inc(sum(bool(score.flags) for score in scores))
+        self.metrics.unscored.inc(sum(score.reward is None for score in scores))
         return scores
 
-    @app.post("/score_tokens", dependencies=bearer)
-    async def score_tokens(asked: ScoreRequest, request: Request) -> ScoreReply:
+    def from_text(self, prompt: str, response: str, label: str | None) -> Rollout:
+        asked, answered = (self.tokenizer(text, add_special_tokens=False).input_ids for text in (prompt, response))
+        if not asked:
+            raise Refused(422, "A prompt is empty: send what the model was given.")
+        return Rollout(asked, answered, label)
+
+    async def score_tokens(self, asked: ScoreRequest, request: Request) -> ScoreReply:
         """Score rollouts by their exact token ids."""
         labels = asked.labels or [None] * len(asked.prompt_ids)
         masks = asked.response_mask or [None] * len(asked.prompt_ids)
         rows = zip(asked.prompt_ids, asked.response_ids, labels, masks, strict=True)
-        scores = await ask(request, [Rollout(p, r, label, asked.num_generations, mask) for p, r, label, mask in rows])
+        rollouts = [Rollout(p, r, label, asked.num_generations, mask) for p, r, label, mask in rows]
+        scores = await self.ask(request, rollouts)
         return ScoreReply(
             rewards=[score.reward for score in scores],
             version=scores[0].version,
@@ -219,19 +238,12 @@ def create_app(served: Served, settings: Settings) -> FastAPI:
             flags=[s.flags for s in scores] if "flags" in asked.include else None,
         )
 
-    def from_text(prompt: str, response: str, label: str | None) -> Rollout:
-        asked, answered = (tokenizer(text, add_special_tokens=False).input_ids for text in (prompt, response))
-        if not asked:
-            raise Refused(422, "A prompt is empty: send what the model was given.")
-        return Rollout(asked, answered, label)
-
-    @app.post("/get_reward", dependencies=bearer)
-    async def get_reward(asked: OpenRLHFRequest, request: Request) -> OpenRLHFReply:
+    async def get_reward(self, asked: OpenRLHFRequest, request: Request) -> OpenRLHFReply:
         """OpenRLHF's remote reward model. Texts are encoded anew, which may change tokens: prefer AgentExecutor."""
         labels = asked.labels or [None] * len(asked.query)
         rows = list(zip(asked.query, asked.prompts, labels, strict=True))
-        rollouts = [from_text(p, _response(q, p, tokenizer), label) for q, p, label in rows]
-        scores = await ask(request, rollouts)
+        rollouts = [self.from_text(p, _response(q, p, self.tokenizer), label) for q, p, label in rows]
+        scores = await self.ask(request, rollouts)
         rewards = [score.reward or 0.0 for score in scores]
         logs = {
             "flagged": [float(bool(score.flags)) for score in scores],
@@ -239,35 +251,30 @@ def create_app(served: Served, settings: Settings) -> FastAPI:
         }
         return OpenRLHFReply(rewards=rewards, scores=rewards, extra_logs=logs)
 
-    @app.post("/slime", dependencies=bearer)
-    async def slime(asked: SlimeRequest, request: Request) -> float:
+    async def slime(self, asked: SlimeRequest, request: Request) -> float:
         """slime's remote reward model: one rollout, a bare number; 0 where no token can be read."""
-        (score,) = await ask(request, [from_text(asked.prompt, asked.response, asked.label)])
+        (score,) = await self.ask(request, [self.from_text(asked.prompt, asked.response, asked.label)])
         return score.reward or 0.0
 
-    @app.post(
-        "/weights",
-        dependencies=bearer,
-        responses={409: {"model": Problem, "description": "The server's weights are frozen."}},
-        openapi_extra={"requestBody": {"content": {BYTES: {}}, "required": True}},
-    )
     async def weights(
-        request: Request, version: Annotated[str, Query(pattern=r"^[\w.-]{1,64}$", description="Echoed in replies.")]
+        self,
+        request: Request,
+        version: Annotated[str, Query(pattern=r"^[\w.-]{1,64}$", description="Echoed in replies.")],
     ) -> WeightsReply:
         """Take a policy's weights, as safetensors under the names of its ``state_dict()``."""
-        if not settings.live:
+        if not self.settings.live:
             raise Refused(409, "This server reads frozen weights: start it with --live to push others.")
         if request.headers.get("content-type") != BYTES:  # which no other site's page can have a browser send
             raise Refused(415, f"The weights are not sent as bytes: give them Content-Type: {BYTES}.")
-        file, size = worker.folder / f"{uuid.uuid4().hex}.safetensors", 0
+        file, size = self.worker.folder / f"{uuid.uuid4().hex}.safetensors", 0
         try:
             with file.open("wb") as opened:
                 async for piece in request.stream():
                     size += len(piece)
-                    if size > worker.limits.weights:
+                    if size > self.worker.limits.weights:
                         raise Refused(413, "The file is larger than the weights of the server's model can be.")
                     await asyncio.to_thread(opened.write, piece)
-            taken = await worker.load_weights(file, version)
+            taken = await self.worker.load_weights(file, version)
         except BaseException as error:
             file.unlink(missing_ok=True)
             if isinstance(error, WorkerDied):
@@ -275,27 +282,33 @@ def create_app(served: Served, settings: Settings) -> FastAPI:
             if isinstance(error, MechRewardError):
                 raise Refused(422, str(error)) from error
             raise
-        metrics.pushes.inc()
+        self.metrics.pushes.inc()
         return WeightsReply(version=version, tensors=taken)
 
-    @app.get("/healthz")
-    async def healthz() -> dict[str, str]:
+    async def healthz(self) -> dict[str, str]:
         """The server is there."""
         return {"status": "ok"}
 
-    @app.get("/readyz")
-    async def readyz() -> dict[str, str]:
+    async def readyz(self) -> dict[str, str]:
         """The model is loaded, and rollouts are taken."""
-        if not worker.ready or batcher.draining:
+        if not self.worker.ready or self.batcher.draining:
             raise Refused(503, "The worker is starting, or the server is stopping.", RESTART)
-        return {"status": "ready", "version": worker.version}
+        return {"status": "ready", "version": self.worker.version}
 
-    @app.get("/metrics", dependencies=bearer, responses={200: {"content": {"text/plain": {}}}})
-    async def metrics_() -> Response:
+    async def metrics_(self) -> Response:
         """For Prometheus."""
-        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+        return Response(generate_latest(self.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
-    return app
+
+async def misunderstood(request: Request, error: RequestValidationError) -> Response:
+    first = error.errors()[0]
+    if first["type"] == "json_invalid":
+        return Refused(400, f"The body is no JSON: {first['ctx']['error']}.").response
+    if first["loc"] == ("body",) and "json" not in request.headers.get("content-type", ""):
+        return Refused(415, "The body is not sent as JSON: give it Content-Type: application/json.").response
+    where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"][1:])
+    says = first["msg"].removeprefix("Value error, ")
+    return Refused(422, f"{where.removeprefix('.') or 'The request'}: {says}.").response
 
 
 def _tokenizer(model: str) -> Any:

@@ -17,7 +17,8 @@ from mechreward.errors import ConfigError, ModelMismatchError
 from mechreward.readout import Readings, Readout, Request
 from mechreward.rollout.batch import RolloutBatch
 from mechreward.rollout.capture import check_fits
-from mechreward.rollout.hf import HFSource, end_tokens, load_model
+from mechreward.rollout.sampling import end_tokens, load_model
+from mechreward.rollout.source import HFSource
 
 
 @dataclass(frozen=True)

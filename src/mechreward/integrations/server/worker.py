@@ -18,9 +18,10 @@ from typing import Any
 import transformers
 
 from mechreward.errors import MechRewardError, ServiceError
+from mechreward.integrations.served import Served
 from mechreward.integrations.server.log import CONFIG
 from mechreward.integrations.server.models import ModelLimits
-from mechreward.integrations.server.scorer import INITIAL, Rollout, Score, Scorer, Served
+from mechreward.integrations.server.scorer import INITIAL, Rollout, Score, Scorer
 
 logger = logging.getLogger(__name__)
 

@@ -197,6 +197,10 @@ class MechRewardGRPOTrainer(GRPOTrainer):
         """Which pass serves which readings in this step."""
         return self.passes.chosen
 
+    def readings(self, batch: RolloutBatch, requests: Sequence[Request]) -> Mapping[Request, Readings]:
+        """Return what the passes have read of the step's rollouts; what they have not is read now."""
+        return self.passes.readings(batch, requests)
+
     # -- one generation step, in the order of its calls ----------------------------------------------------------------
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -439,7 +443,7 @@ class RolloutsInTraining:
         return replace(batch, prompts=call.prompts, completions=completions, columns=call.columns)
 
     def read(self, batch: RolloutBatch, requests: Sequence[Request]) -> Mapping[Request, Readings]:
-        return self.trainer.passes.readings(batch, requests)
+        return self.trainer.readings(batch, requests)
 
     def accept(self, reward: Reward, batch: RolloutBatch, scores: Scores) -> None:
         step = self.trainer._step_state

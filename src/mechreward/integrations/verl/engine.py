@@ -11,7 +11,7 @@ from verl.utils import tensordict_utils as tu  # pyright: ignore[reportMissingIm
 from verl.workers.engine import EngineRegistry  # pyright: ignore[reportMissingImports]
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead  # pyright: ignore[reportMissingImports]
 
-from mechreward.integrations.server.scorer import Served, build_reward
+from mechreward.integrations.served import Served, build_reward
 from mechreward.readout import HookPoint, ReadoutBank
 from mechreward.rollout.capture import ResidualTap, check_fits
 

@@ -8,7 +8,7 @@ from typing import Any
 from omegaconf import OmegaConf  # pyright: ignore[reportMissingImports]
 
 from mechreward.errors import ConfigError, nearest
-from mechreward.integrations.server.scorer import Served
+from mechreward.integrations.served import Served
 
 TRAINER = "mechreward"
 """``trainer.v1.trainer_mode``."""

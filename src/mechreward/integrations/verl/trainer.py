@@ -18,13 +18,13 @@ from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer  # pyright: ignore[re
 from verl.utils.model import get_generation_config  # pyright: ignore[reportMissingImports]
 
 from mechreward.errors import CaptureError, RewardError
-from mechreward.integrations.server.scorer import build_reward
+from mechreward.integrations.served import build_reward
 from mechreward.integrations.verl.engine import READ, READINGS
 from mechreward.integrations.verl.options import TRAINER, check, dense_in_process, served
 from mechreward.readout import Readings, ReadoutBank, Request
 from mechreward.reward.base import Reward, Scores
 from mechreward.rollout.batch import Call, RolloutBatch
-from mechreward.rollout.hf import end_tokens
+from mechreward.rollout.sampling import end_tokens
 
 STATE_FILE = "mechreward.json"
 """In each checkpoint: what guards have learned."""
