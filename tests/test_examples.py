@@ -20,6 +20,7 @@ from mechreward.features.examples import Example, FeatureExamples, Passage, coll
 from mechreward.features.show import Shown, choose, page, pieces, print_feature, visible
 from mechreward.readout import HookPoint, InputTransform, Nonlinearity, Readout
 from mechreward.rollout.batch import RolloutBatch
+from mechreward.rollout.sampling import token_texts
 
 POINT = HookPoint(1)
 COLUMNS = 5
@@ -206,8 +207,8 @@ def test_tokens_keep_the_space_that_they_stand_for():
             text = "".join(self.words[i] for i in ids).replace("é-1é-2", "é")
             return re.sub("é-[12]", "\ufffd", text).replace("▁", " ").removeprefix(" ")
 
-    assert module.token_texts(Dropping(), [0, 1, 2, 1]) == ["the", " cat", "s", " cat"]
-    assert module.token_texts(Dropping(), [1, 3, 4]) == ["cat", "\ufffd", "\ufffd"]
+    assert token_texts(Dropping(), [0, 1, 2, 1]) == ["the", " cat", "s", " cat"]
+    assert token_texts(Dropping(), [1, 3, 4]) == ["cat", "\ufffd", "\ufffd"]
 
 
 def test_quantiles_cover_every_strength():

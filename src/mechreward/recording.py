@@ -23,14 +23,13 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from mechreward import pocket
-from mechreward.features.examples import token_texts
 from mechreward.files import ENVIRONMENT, append, environment, forget_after, read_jsonl, write_json
-from mechreward.hacking.monitor import untouched_randomness
 from mechreward.readout import Readings, Request
 from mechreward.reward.base import all_within
 from mechreward.reward.feature_reward import FeatureReward
 from mechreward.reward.outcome import OutcomeReward
 from mechreward.rollout.batch import RolloutBatch, Scores, plain_text
+from mechreward.rollout.sampling import token_texts, untouched_randomness
 from mechreward.verifiers.golds import gold, gold_columns
 
 logger = logging.getLogger(__name__)

@@ -27,6 +27,7 @@ from mechreward.readout import Readout, ReadoutBank
 from mechreward.rollout.batch import Call, RolloutBatch, Text, own_text
 from mechreward.rollout.capture import check_fits, unwrap
 from mechreward.rollout.hf import HFSource, read_forward
+from mechreward.rollout.sampling import token_texts
 from mechreward.schema import shown
 from mechreward.unfinished import silent
 
@@ -429,16 +430,6 @@ def _readable(window: _Window, decode: Decode) -> Example:
         text=window.text,
         start=window.start,
     )
-
-
-def token_texts(decode: Decode, ids: Sequence[int]) -> list[str]:
-    """The text of each token, with the space that it stands for: some tokenizers drop it from a token on its own."""
-    texts = [decode((token,)) for token in ids]
-    for place, pair in enumerate(itertools.pairwise(ids), start=1):
-        before, both = decode((pair[0],)), decode(pair)
-        if both.startswith(before) and "\ufffd" not in both:
-            texts[place] = both[len(before) :]
-    return texts
 
 
 def read_corpus(path: str | Path) -> Iterator[str | Passage]:

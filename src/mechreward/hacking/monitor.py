@@ -14,9 +14,7 @@ from __future__ import annotations
 
 import copy
 import math
-import random
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -658,19 +656,6 @@ def measured(monitor: Monitor | Reward, seen: Observation) -> dict[str, Tensor]:
         if not isinstance(values, Tensor) or len(values) != len(seen.batch):
             raise RewardError(f"What it measured as '{name}' is not a tensor of {len(seen.batch)} rows.")
     return rows
-
-
-@contextmanager
-def untouched_randomness() -> Iterator[None]:
-    """Give back every global random generator as it was: nothing that is drawn inside moves training."""
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
-    python, numpy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
 
 
 def rewarded_columns(readout: Readout, rewarded: Sequence[Readout]) -> int:

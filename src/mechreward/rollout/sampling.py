@@ -5,10 +5,14 @@ from __future__ import annotations
 import base64
 import hashlib
 import importlib.metadata
+import itertools
 import os
-from collections.abc import Mapping, Sequence
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -196,3 +200,26 @@ def _set_generator(device: torch.device, states: Sequence[str]) -> None:
     torch.set_rng_state(of_cpu)
     if of_gpu:
         torch.cuda.set_rng_state(of_gpu[0], device)
+
+
+@contextmanager
+def untouched_randomness() -> Iterator[None]:
+    """Give back every global random generator as it was: nothing that is drawn inside moves training."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+def token_texts(decode: Callable[[tuple[int, ...]], str], ids: Sequence[int]) -> list[str]:
+    """The text of each token, with the space that it stands for: some tokenizers drop it from a token on its own."""
+    texts = [decode((token,)) for token in ids]
+    for place, pair in enumerate(itertools.pairwise(ids), start=1):
+        before, both = decode((pair[0],)), decode(pair)
+        if both.startswith(before) and "\ufffd" not in both:
+            texts[place] = both[len(before) :]
+    return texts

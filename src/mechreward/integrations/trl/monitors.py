@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from mechreward.errors import ConfigError, nearest
-from mechreward.hacking.monitor import Monitor, Observation, Report, measured, untouched_randomness
+from mechreward.hacking.monitor import Monitor, Observation, Report, measured
 from mechreward.reward.base import Reward
+from mechreward.rollout.sampling import untouched_randomness
 
 logger = logging.getLogger(__name__)
 

@@ -39,7 +39,7 @@ from transformers import TrainerCallback
 
 from mechreward import pocket
 from mechreward.errors import MechRewardError, MissingExtraError, RewardError
-from mechreward.hacking.monitor import Monitor, show, untouched_randomness
+from mechreward.hacking.monitor import Monitor, show
 from mechreward.hacking.regularization import adapted, scheduled
 from mechreward.integrations.trl.checks import check_training, needing_a_path
 from mechreward.integrations.trl.config import GRPOConfig, MechRewardGRPOConfig, our_options
@@ -62,6 +62,7 @@ from mechreward.reward.normalization import dense_zscore
 from mechreward.reward.spread import SpreadWatch
 from mechreward.rollout.batch import Call, Dense, RolloutBatch, Scores
 from mechreward.rollout.plain import describe
+from mechreward.rollout.sampling import untouched_randomness
 
 try:
     from trl.trainer.grpo_trainer import GRPOTrainer
