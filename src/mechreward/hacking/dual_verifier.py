@@ -130,7 +130,7 @@ class DualVerifier(Reward):
         probe_reads: Reads = "reference",
     ):
         super().__init__(f"dual_{feature_reward.__name__}")
-        self.feature_reward = feature_reward
+        self.feature_reward, self.aggregation = feature_reward, feature_reward.aggregation
         drops = downweight == "drop"
         self.disagreement = Disagreement(
             feature_reward,
@@ -145,10 +145,6 @@ class DualVerifier(Reward):
     @property
     def children(self) -> list[tuple[Reward, float]]:
         return [(self.feature_reward, 1.0)]
-
-    @property
-    def aggregation(self) -> str:
-        return self.feature_reward.aggregation
 
     @property
     def requests(self) -> list[Request]:

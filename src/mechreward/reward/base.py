@@ -31,6 +31,9 @@ class Reward:
     guards: Sequence[Guard] | None = ()
     """The guards that this reward brings along; None for the repetition detector, unless a trainer guards."""
 
+    aggregation: str = ""
+    """From readings per token to one number; ``"per_token"`` rewards each token through its advantage."""
+
     def __init__(self, name: str):
         self.__name__ = name
 

@@ -292,7 +292,7 @@ def holds_outcome(reward: Any) -> bool:
 
 def is_dense(reward: Reward) -> bool:
     """Whether it, or any part of it, rewards tokens."""
-    return any(getattr(part, "aggregation", "") == "per_token" for part in all_within([reward]))
+    return any(isinstance(part, Reward) and part.aggregation == "per_token" for part in all_within([reward]))
 
 
 def labels(rewards: Sequence[Reward]) -> list[str]:

@@ -57,9 +57,16 @@ class Attaches(Protocol):
 
 @runtime_checkable
 class Detects(Protocol):
-    """A guard made of named detectors, some of which may be disabled: each has a rate in the logs."""
+    """A guard made of named detectors, each of which has a rate in the logs."""
 
     names: Sequence[str]
+
+
+@runtime_checkable
+class Disables(Protocol):
+    """A guard that disables those of its detectors that raise."""
+
+    disabled: Mapping[str, str]
 
 
 def apply_guards(guards: Sequence[Guard], batch: RolloutBatch, readings: Mapping[Request, Readings]) -> RolloutBatch:
@@ -119,7 +126,9 @@ def flag_rates(flags: Sequence[Sequence[str]], guards: Sequence[Guard] = ()) -> 
     detectors = {name for guard in guards if isinstance(guard, Detects) for name in guard.names}
     for name in sorted(detectors.union(*rows)):
         rates[f"flagged/{name}"] = sum(name in row for row in rows) / max(len(rows), 1)
-    return rates | {f"disabled/{name}": 1.0 for guard in guards for name in getattr(guard, "disabled", ())}
+    return rates | {
+        f"disabled/{name}": 1.0 for guard in guards if isinstance(guard, Disables) for name in guard.disabled
+    }
 
 
 def repeated_ngrams(ids: Sequence[int], n: int) -> float:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
 
 from mechreward.errors import CaptureError, ModelMismatchError
 from mechreward.families import UNNAMED, families, model_types
@@ -35,9 +36,18 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 def transformer(model: nn.Module) -> nn.Module:
     """The HF model under FSDP1 and PEFT. (FSDP2 wraps nothing: it changes the class.)"""
-    model = unwrap(model)
-    model = getattr(model, "_fsdp_wrapped_module", model)
+    model = _inside_fsdp(model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore
+
+
+def _inside_fsdp(model: nn.Module) -> Any:
+    model = unwrap(model)
+    return getattr(model, "_fsdp_wrapped_module", model)
+
+
+def has_adapters(model: object) -> bool:
+    """Whether PEFT's adapters are part of a model."""
+    return hasattr(model, "peft_config")
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -57,10 +67,10 @@ def text_config(model: nn.Module):
     Raises:
         CaptureError: The model is not one of Hugging Face's.
     """
-    config = getattr(transformer(model), "config", None)
-    if config is None or not hasattr(config, "get_text_config"):
+    inner = transformer(model)
+    if not isinstance(inner, PreTrainedModel):
         raise CaptureError(f"{type(model).__name__} has no Hugging Face config, so its decoder layers can't be found.")
-    return config.get_text_config()
+    return inner.config.get_text_config()
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
@@ -69,10 +79,10 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     Raises:
         CaptureError: There is none, or several.
     """
-    inner = transformer(model)
     count = text_config(model).num_hidden_layers
+    inner: Any = transformer(model)
     # A vision tower may have as many layers as the decoder: look inside the text model only.
-    decoder = inner.get_decoder() if hasattr(inner, "get_decoder") else inner  # pyright: ignore
+    decoder = inner.get_decoder()
     found = [m for m in decoder.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
     if len(found) != 1:
         raise CaptureError(
@@ -98,8 +108,12 @@ def leaves_out_softcap(model: nn.Module) -> bool:
     without a word (20 % of the residual's norm where logits are large); 5.23 defaults to eager and refuses the pass.
     """
     config = text_config(model)
-    capped = getattr(config, "attn_logit_softcapping", None) is not None
-    return capped and "sdpa" in (config._attn_implementation or "")
+    return caps_attention(config) and "sdpa" in (config._attn_implementation or "")
+
+
+def caps_attention(config: PretrainedConfig) -> bool:
+    """Whether a text model of this configuration caps its attention logits (Gemma-2)."""
+    return config.to_dict().get("attn_logit_softcapping") is not None
 
 
 def refuse_uncapped(model: nn.Module) -> None:
@@ -198,12 +212,11 @@ def _check_no_virtual_tokens(model: nn.Module) -> None:
 
     Prefix tuning is no such case: it adds keys and values, and no positions.
     """
-    adapted: Any = unwrap(model)
-    adapted = getattr(adapted, "_fsdp_wrapped_module", adapted)
+    adapted = _inside_fsdp(model)
     config = getattr(adapted, "active_peft_config", None)
     if config is None or not config.is_prompt_learning or getattr(adapted, "_adapters_disabled", False):
         return
-    if (kind := getattr(config.peft_type, "value", config.peft_type)) != "PREFIX_TUNING":
+    if (kind := str(config.peft_type).removeprefix("PeftType.")) != "PREFIX_TUNING":
         raise CaptureError(
             f"The model's adapter is prompt tuning ({kind}): it puts {config.num_virtual_tokens} virtual tokens before "
             "the text, which readings do not take into account. Train LoRA or prefix tuning instead."

@@ -40,14 +40,14 @@ def reference_model(trainer: Any) -> Iterator[nn.Module]:
     if trainer.args.sync_ref_model:
         raise RewardError('reads="reference" needs a frozen reference: set sync_ref_model=False.')
     policy = trainer.accelerator.unwrap_model(trainer.model)
-    if getattr(trainer, "mechreward_reference", None) is None and not _trl_has_one(trainer):
+    if vars(trainer).get("mechreward_reference") is None and not _trl_has_one(trainer):
         if trainer.state.global_step > 0:
             raise RewardError(
                 'reads="reference" with beta=0 needs a copy of the policy as it starts, and this training is under '
                 "way: use MechRewardGRPOTrainer, which copies it when it is made, or set beta > 0."
             )
         keep_start(trainer)
-    if getattr(trainer, "mechreward_reference", None) is not None:
+    if vars(trainer).get("mechreward_reference") is not None:
         yield trainer.mechreward_reference
     elif trainer.ref_model is not None:
         yield unwrap(trainer.ref_model)
@@ -119,7 +119,8 @@ def check_reference(trainer: Any, batch: RolloutBatch, points: Sequence[HookPoin
     Raises:
         RewardError: They differ by more than rounding explains.
     """
-    gap, compared = getattr(trainer, "mechreward_gap", None), getattr(trainer, "mechreward_compared", frozenset())
+    gap, compared = (vars(trainer).get(f"mechreward_{what}") for what in ("gap", "compared"))
+    compared = compared or frozenset()
     points = sorted(set(points) - compared)  # a plain trainer's rewards come one after the other
     if not points or (gap is not None and trainer.state.global_step > 0):
         return
@@ -178,7 +179,7 @@ def _rounding(mixed_precision: str, policy: nn.Module, reference: nn.Module) -> 
 
 def _why(trainer: Any) -> str:
     """What is likely, and what to do."""
-    if getattr(trainer, "mechreward_reference", None) is not None:
+    if vars(trainer).get("mechreward_reference") is not None:
         return "although one is a copy of the other: its forward pass is not deterministic in eval mode"
     if trainer.ref_model is not None:
         return (

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from mechreward import pocket, progress
 from mechreward.errors import ConfigError, nearest
 from mechreward.rollout.batch import RolloutBatch
-from mechreward.rollout.capture import leaves_out_softcap, unwrap
+from mechreward.rollout.capture import caps_attention, leaves_out_softcap, unwrap
 from mechreward.unfinished import Steps, digest
 
 
@@ -64,7 +64,7 @@ def keeping_softcap(name: str) -> dict[str, str]:
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(pocket.resolve(name)).get_text_config()
-    return {} if getattr(config, "attn_logit_softcapping", None) is None else {"attn_implementation": "eager"}
+    return {"attn_implementation": "eager"} if caps_attention(config) else {}
 
 
 def parse_dtype(name: str) -> torch.dtype:

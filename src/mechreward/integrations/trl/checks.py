@@ -16,7 +16,7 @@ from mechreward.integrations.trl.passes import Passes, requests_of
 from mechreward.reward.base import guards_of
 from mechreward.reward.composition import is_dense, warn_if_weight_cancels
 from mechreward.reward.guards import Learns
-from mechreward.rollout.capture import check_fits, unwrap
+from mechreward.rollout.capture import check_fits, has_adapters, unwrap
 from mechreward.rollout.reference import keep_start, refuse_other_vocabulary
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ def check_training(trainer: Any, passes: Passes, came_with_adapter: bool) -> Non
         if reads == "reference" and trainer.args.sync_ref_model:
             raise RewardError('reads="reference" needs a frozen reference: set sync_ref_model=False.')
         # A new adapter is switched off instead: it changes nothing yet.
-        to_copy = trainer.beta == 0 and (came_with_adapter or not hasattr(trainer.model, "peft_config"))
+        to_copy = trainer.beta == 0 and (came_with_adapter or not has_adapters(trainer.model))
         if reads == "reference" and to_copy and trainer.mechreward_reference is None:
             keep_start(trainer)
     if trainer.ref_model is not None:
@@ -101,7 +101,7 @@ def needing_a_path(model: Any, args: GRPOConfig, given: Sequence[Any]) -> Iterat
     Raises:
         RewardError: It cannot.
     """
-    adapted = hasattr(model, "peft_config") or any(hasattr(each, "peft_type") for each in given)
+    adapted = has_adapters(model) or any(hasattr(each, "peft_type") for each in given)
     if args.beta == 0 or adapted or isinstance(model, str):
         yield
         return

@@ -6,12 +6,13 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from mechreward.errors import RewardError
+from mechreward.integrations.trl.vllm import TRLEngine
 from mechreward.readout import HookPoint, Readings, Readout, ReadoutBank, Request
 from mechreward.rollout.batch import RolloutBatch
 from mechreward.rollout.capture import (
@@ -21,14 +22,12 @@ from mechreward.rollout.capture import (
     SequenceReader,
     has_absolute_positions,
     has_active_dropout,
+    has_adapters,
     unwrap,
 )
 from mechreward.rollout.plain import read_with_trainer
 from mechreward.rollout.reference import check_reference
 from mechreward.rollout.source import group_requests
-
-if TYPE_CHECKING:
-    from mechreward.integrations.trl.vllm import TRLEngine
 
 logger = logging.getLogger(__name__)
 
@@ -210,7 +209,7 @@ class Passes:
         if self.trainer.ref_model is not None:
             return model is self.trainer.ref_model
         policy = self.trainer.accelerator.unwrap_model(model)
-        if not hasattr(policy, "peft_config"):
+        if not has_adapters(policy):
             return False
         # On transformers models, `disable_adapters` is a method; on PEFT's layers, a flag.
         switched_off = any(getattr(m, "disable_adapters", None) is True for m in policy.modules())
@@ -275,9 +274,17 @@ class Passes:
         return sum(read.values.numel() * read.values.element_size() for read in self.read.values())
 
 
+@runtime_checkable
+class Reads(Protocol):
+    """A reward, guard or monitor: it may need something read."""
+
+    @property
+    def requests(self) -> list[Request]: ...
+
+
 def requests_of(parts: Sequence[Any]) -> list[Request]:
     """Return what rewards, guards and monitors need read; functions that are not ours need nothing."""
-    return list(dict.fromkeys(request for part in parts for request in getattr(part, "requests", ())))
+    return list(dict.fromkeys(request for part in parts if isinstance(part, Reads) for request in part.requests))
 
 
 def readouts_in_generation(requests: Sequence[Request]) -> list[Readout]:

@@ -31,7 +31,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,6 +45,7 @@ from mechreward.integrations.trl.checks import check_training, needing_a_path
 from mechreward.integrations.trl.config import GRPOConfig, MechRewardGRPOConfig, our_options
 from mechreward.integrations.trl.monitors import Watch
 from mechreward.integrations.trl.passes import Passes, readouts_in_generation, requests_of
+from mechreward.integrations.trl.vllm import TRLEngine
 from mechreward.readout import Readings, Request
 from mechreward.recording import Recording, Scored
 from mechreward.reward.base import Reward
@@ -61,6 +62,7 @@ from mechreward.reward.guards import (
 from mechreward.reward.normalization import dense_zscore
 from mechreward.reward.spread import SpreadWatch
 from mechreward.rollout.batch import Call, Dense, RolloutBatch, Scores
+from mechreward.rollout.capture import has_adapters
 from mechreward.rollout.plain import describe
 from mechreward.rollout.sampling import untouched_randomness
 
@@ -68,9 +70,6 @@ try:
     from trl.trainer.grpo_trainer import GRPOTrainer
 except ModuleNotFoundError as error:
     raise MissingExtraError("trl", "trl") from error
-
-if TYPE_CHECKING:
-    from mechreward.integrations.trl.vllm import TRLEngine
 
 logger = logging.getLogger(__name__)
 
@@ -158,7 +157,7 @@ class MechRewardGRPOTrainer(GRPOTrainer):
         self._step_state = Step()
         self._spread = SpreadWatch()
 
-        came_with_adapter = hasattr(model, "peft_config")
+        came_with_adapter = has_adapters(model)
         rewards = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         attach(self.guards, rewards)
         # vLLM must know the hook points when it is started, which TRL does while it is made.
@@ -185,8 +184,6 @@ class MechRewardGRPOTrainer(GRPOTrainer):
         read = readouts_in_generation(requests)
         if not args.use_vllm or all(readout.summary is not None for readout in read):
             return None
-        from mechreward.integrations.trl.vllm import TRLEngine
-
         return TRLEngine(read, our_options(args).vllm_backend)
 
     def _rewarded(self) -> list[Request]:
