@@ -40,7 +40,6 @@ test-verl:
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/lint-imports
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 # The documentation as a site, in site/: open site/index.html. A link that leads nowhere is an error.
