@@ -566,7 +566,7 @@ def test_monitors_judge_the_rows_of_all_processes(tmp_path):
         def judge(self, rows, logged):
             seen_rows.append(rows["x"].tolist())
 
-    trainer.monitors = [Looks("looks")]
+    trainer.monitors[:] = [Looks("looks")]
     # The other process has each row + 10, and has not failed either: that flag is gathered too.
     batch = RolloutBatch(
         ["p"] * n,
@@ -576,7 +576,7 @@ def test_monitors_judge_the_rows_of_all_processes(tmp_path):
         num_generations=4,
         gather=lambda rows: torch.cat([rows, rows + 10]) if len(rows) == n else rows,
     )
-    trainer._run_monitors(batch, {}, torch.zeros(2 * n, 1))
+    trainer._show_monitors(batch, {}, torch.zeros(2 * n, 1))
     assert seen_rows == [[[0.0, 1.0, 2.0, 3.0], [10.0, 11.0, 12.0, 13.0]]]
 
 
