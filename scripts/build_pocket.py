@@ -35,8 +35,7 @@ from torch import Tensor
 from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast
 
 from mechreward import pocket
-from mechreward.features.discover import Chance, discover
-from mechreward.features.gate import auc, bootstrap
+from mechreward.features.discover import Chance, Search, discover
 from mechreward.features.judge import judge
 from mechreward.features.pack import read_pack
 from mechreward.pocket.questions import Kind, Question, Split, corpus_completion, questions, way_of_answering
@@ -50,6 +49,7 @@ from mechreward.sae import formats
 from mechreward.sae.handle import SAEHandle
 from mechreward.sae.registry import load_sae
 from mechreward.sae.training import sae_figures
+from mechreward.stats import auc, bootstrap
 
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "build" / "pocket"
@@ -392,7 +392,7 @@ def build_packs() -> None:
             [load_sae(*CANONICAL)],
             name=f"pocket/{behaviour.name}_pack",
             behaviour=behaviour.description,
-            aggregation=AGGREGATION,
+            search=Search(aggregation=AGGREGATION),
         )
         chance = Chance(found.saes, found.chance, found.asked)
         pack = judge(found.pack, model, tokenizer, labelled("gate", behaviour.name), chance)

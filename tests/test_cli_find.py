@@ -180,7 +180,7 @@ def test_a_validated_pack_is_exit_code_0_and_written_to_its_file(found, halves, 
         shutil.copy(file, tmp_path / file.name.replace("found", "mine") if file.suffix == ".json" else tmp_path)
     evidence = Evidence.model_validate(EVIDENCE)
 
-    def passed(pack, model, tokenizer, held_out, chance, seed, tell):
+    def passed(pack, model, tokenizer, held_out, chance, seed):
         return pack.model_copy(update={"evidence": evidence, "status": "validated", "status_reason": "Passed."})
 
     monkeypatch.setattr("mechreward.features.judge.judge", passed)

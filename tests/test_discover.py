@@ -17,6 +17,7 @@ import mechreward as mr
 from by_hand import SAES, means, ours, rollouts, tokens
 from mechreward.errors import ConfigError, ModelMismatchError, PackError
 from mechreward.features.discover import (
+    Search,
     chance_file,
     check_models,
     digests,
@@ -38,9 +39,8 @@ DRAWS = 12
 def found_by(method, kinds=("jumprelu",), permutations=DRAWS, **options):
     settings = {"n_positive": 5, "n_negative": 4, "min_firing": 0.05, "seed": 3} | options
     saes = [ours(kind) for kind in kinds]
-    return discover(
-        *pocket(), rollouts(), saes, "tests/found", "It is right.", method, permutations=permutations, **settings
-    )
+    search = Search(method, permutations=permutations, **settings)
+    return discover(*pocket(), rollouts(), saes, "tests/found", "It is right.", search)
 
 
 def labellings(seed=3, draws=DRAWS):

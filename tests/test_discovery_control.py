@@ -10,7 +10,7 @@ import pytest
 import torch
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
-from mechreward.features.discover import discover
+from mechreward.features.discover import Search, discover
 from mechreward.readout import HookPoint, residual
 from mechreward.rollout.hf import pooled, read_in_pieces
 from planting import OWN, extended_sae, pocket, sampled
@@ -57,7 +57,7 @@ def test_what_is_known_to_read_the_behaviour_is_ranked_first_on_every_seed(sae, 
         rows = np.flatnonzero(np.isin(rollouts.groups, questions))
         part = rollouts.take(rows)
         part.labels[:] = labels[rows]
-        found = discover(*pocket(), part, [sae], "control", behaviour, permutations=20, seed=seed)
+        found = discover(*pocket(), part, [sae], "control", behaviour, Search(permutations=20, seed=seed))
         order = np.argsort(-np.abs(found.scan.effect), kind="stable").tolist()
         assert order.index(planted) < (1 if behaviour == "step" else 10), seed
         assert next(f.weight for f in found.pack.features if f.id == planted) > 0

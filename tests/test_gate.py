@@ -1,109 +1,16 @@
-"""Discovery and the gate: statistics against slow definitions, and verdicts on worlds whose truth is known."""
+"""Discovery and the gate: effects against slow definitions, and verdicts on worlds whose truth is known."""
 
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from mechreward.errors import PackError
 from mechreward.features.discover import effect_sizes, select
-from mechreward.features.gate import (
-    P_BELOW,
-    auc,
-    bootstrap,
-    gate,
-    selection_null,
-    spearman,
-    surface_features,
-    surface_gain,
-)
-
-# Statistics ----------------------------------------------------------------------------------------------------------
-
-SCORED = st.lists(st.tuples(st.integers(-3, 3), st.booleans()), min_size=2, max_size=30).filter(
-    lambda pairs: len({label for _, label in pairs}) == 2
-)
-
-
-@given(SCORED)
-def test_auc_counts_pairs(pairs):
-    positives = [score for score, label in pairs if label]
-    negatives = [score for score, label in pairs if not label]
-    won = sum((p > n) + 0.5 * (p == n) for p in positives for n in negatives)
-    scores, labels = zip(*pairs, strict=True)
-    assert auc(scores, labels) == pytest.approx(won / (len(positives) * len(negatives)))
-
-
-@settings(deadline=None)  # the first call imports scikit-learn
-@given(SCORED)
-def test_spearman_and_auc_agree_with_scipy_and_sklearn(pairs):
-    from scipy.stats import spearmanr
-    from sklearn.metrics import roc_auc_score
-
-    scores, labels = zip(*pairs, strict=True)
-    assert auc(scores, labels) == pytest.approx(roc_auc_score(labels, scores))
-    if len(set(scores)) > 1:  # scipy gives NaN where we say 0
-        assert spearman(scores, labels) == pytest.approx(spearmanr(scores, labels)[0])
-
-
-def test_spearman_by_hand():
-    # Ranks 1, 2.5, 2.5, 4 against 1.5, 1.5, 3.5, 3.5: r = 3 / sqrt(4.5 * 4).
-    assert spearman([10, 20, 20, 30], [False, False, True, True]) == pytest.approx(3 / np.sqrt(18))
-    assert spearman([1, 2, 3], [0.1, 5.0, 70.0]) == pytest.approx(1)
-    assert spearman([5, 5, 5], [False, True, True]) == 0
-
-
-@pytest.mark.parametrize("statistic", [spearman, auc])
-def test_statistics_refuse_what_cannot_be_compared(statistic):
-    with pytest.raises(PackError, match="same label"):
-        statistic([1.0, 2.0], [True, True])
-    with pytest.raises(PackError, match="NaN"):
-        statistic([1.0, np.nan], [True, False])
-    with pytest.raises(PackError, match="shapes"):
-        statistic([1.0], [True, False])
-    with pytest.raises(PackError, match="All 0 rollouts"):
-        statistic([], [])
-
-
-def mean(values):
-    return float(values.mean())
-
-
-def test_bootstrap_interval_covers_the_truth_about_as_often_as_it_says():
-    rng = np.random.default_rng(0)
-    intervals = [bootstrap(mean, rng.normal(size=60), draws=200, seed=i) for i in range(120)]
-    covered = np.mean([interval.low <= 0 <= interval.high for interval in intervals])
-    assert 0.88 <= covered <= 0.99
-
-
-def test_bootstrap_over_prompts_covers_where_single_rollouts_do_not():
-    rng = np.random.default_rng(1)
-    groups = np.repeat(np.arange(30), 8)
-    covered = {"prompts": 0, "rollouts": 0}
-    for i in range(60):
-        values = rng.normal(size=30)[groups] + 0.3 * rng.normal(size=240)  # rollouts of one prompt resemble each other
-        for name, by in (("prompts", groups), ("rollouts", None)):
-            interval = bootstrap(mean, values, groups=by, draws=100, seed=i)
-            covered[name] += interval.low <= 0 <= interval.high
-    assert covered["prompts"] >= 50 > 40 > covered["rollouts"]
-
-
-def test_bootstrap_is_paired_and_seeded_and_says_when_it_cannot():
-    x = np.arange(50.0)
-    same = bootstrap(lambda a, b: float(np.abs(a - b).max()), x, x, draws=20)
-    assert (same.value, same.low, same.high) == (0, 0, 0)
-    assert bootstrap(mean, x, seed=3, draws=50) == bootstrap(mean, x, seed=3, draws=50)
-    with pytest.raises(PackError, match="at least two prompts"):
-        bootstrap(mean, x, groups=np.zeros(50))
-    with pytest.raises(PackError, match="too few"):  # five prompts, four of which leave the statistic undefined
-
-        def fragile(values):
-            return auc(values, values > 45)
-
-        bootstrap(fragile, x[:47], groups=np.minimum(np.arange(47) // 46, 1), draws=1)
-
+from mechreward.features.gate import P_BELOW, Measured, gate, surface_features, surface_gain
+from mechreward.features.judge import by_chance_figures
+from mechreward.features.scan import permuted
+from mechreward.stats import spearman
 
 # Discovery -----------------------------------------------------------------------------------------------------------
 
@@ -188,44 +95,33 @@ def world(seed, n=480, latents=120, per_prompt=4):
         texts=[" ".join(rng.choice(WORDS, length)) + f" #### {rng.integers(100)}" for length in lengths],
         lengths=lengths,
         ways=np.where(careful, "careful", "direct").tolist(),
-        careful=careful,
     )
+
+
+def measured(gated, scores, null, **more):
+    rollouts = {name: value for name, value in vars(gated).items() if name != "activations"}
+    known = {"null_of": "selections by chance", "aggregation": "mean", "temperature": 1.0, "data": "A made-up world."}
+    return Measured(scores=scores, null=null, **rollouts | known | more)
 
 
 def judged(gated, scores, null, careful=True, draws=200):
-    evidence = gate(
-        scores,
-        gated.labels,
-        gated.groups,
-        gated.texts,
-        gated.lengths,
-        gated.ways if careful else None,
-        gated.careful if careful else None,
-        null,
-        aggregation="mean",
-        temperature=1.0,
-        data="A made-up world.",
-        draws=draws,
-    )
+    evidence = gate(measured(gated, scores, null, ways=gated.ways if careful else None), draws=draws)
     return evidence, {test.name: test.passed for test in evidence.verdict}
 
 
-def null_of(found, gated, draws=100, **options):
-    return selection_null(
-        found.activations,
-        found.labels,
-        gated.activations,
-        gated.labels,
-        lambda activations, labels: select(activations, labels, 5, 5),
-        draws=draws,
-        **options,
-    )
+def null_of(found, gated, draws=100, seed=0):
+    """What selections on shuffled labels reach, as discovery and the judge make it."""
+    null = []
+    for labels in permuted(found.labels, found.groups, draws, np.random.default_rng(seed)):
+        ids, weights = select(found.activations, labels, 5, 5)
+        null.append(by_chance_figures(gated.activations[:, ids] @ weights, gated.labels))
+    return np.array(null)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_causal_features_pass_and_features_of_the_way_or_of_nothing_fail(seed):
     found, gated = world(2 * seed), world(2 * seed + 1)
-    null = null_of(found, gated, discovery_groups=found.groups)
+    null = null_of(found, gated)
     ids, weights = select(found.activations, found.labels, 5, 5)
     evidence, passed = judged(gated, gated.activations[:, ids] @ weights, null)
     assert set(ids) <= set(range(20))
@@ -264,18 +160,6 @@ def test_a_reading_that_is_only_the_share_of_a_cue_word_has_no_gain(seed):
     assert gain.gain.low <= 0 and abs(gain.gain.value) < 0.005
 
 
-def test_the_selection_null_is_wider_than_noise_and_seeded():
-    found, gated = world(0), world(1)
-    # One direction moves every latent, as the way of answering does: chance selections then track it too.
-    for rollouts in (found, gated):
-        rollouts.activations += np.outer(rollouts.labels, np.linspace(-1, 1, 120) ** 3).clip(0).astype(np.float32)
-    null = null_of(found, gated, draws=40)
-    noise = null_of(found, gated, draws=40, permute_gate=True)
-    assert null.shape == (40, 2) and (null >= 0).all() and (null[:, 1] >= 0.5).all()
-    assert np.median(null[:, 0]) > 1.5 * np.median(noise[:, 0])
-    np.testing.assert_array_equal(null, null_of(found, gated, draws=40))
-
-
 def test_p_values_of_selections_on_meaningless_labels_are_not_too_small():
     small = 0
     for seed in range(30):
@@ -286,21 +170,6 @@ def test_p_values_of_selections_on_meaningless_labels_are_not_too_small():
         null = null_of(found, gated, draws=19, seed=seed)[:, 0]
         small += (1 + (null >= observed).sum()) / 20 <= 0.1
     assert small <= 8  # expected 3; P(more than 8) < .001
-
-
-def test_shuffling_by_prompt_keeps_prompts_together():
-    seen = []
-    groups = np.repeat(np.arange(20), 5)
-    labels = np.repeat(np.arange(20) % 2 == 0, 5)
-
-    def remember(activations, shuffled):
-        seen.append(shuffled.copy())
-        return np.array([0]), np.array([1.0])
-
-    activations = np.random.default_rng(0).random((100, 2))
-    selection_null(activations, labels, activations, labels, remember, discovery_groups=groups, draws=5)
-    assert all((s.reshape(20, 5).std(axis=1) == 0).all() and s.sum() == 50 for s in seen)
-    assert len({s.tobytes() for s in seen}) == 5
 
 
 def test_the_gate_says_what_is_wrong_with_its_input():
@@ -321,7 +190,7 @@ def test_the_gate_says_what_is_wrong_with_its_input():
 
 def test_a_careful_subset_that_says_nothing_fails_and_few_draws_say_so():
     gated = world(0)
-    gated.careful = gated.labels  # every careful answer shows the behaviour
+    gated.ways = np.where(gated.labels, "careful", "direct").tolist()  # every careful answer shows the behaviour
     evidence, passed = judged(gated, gated.activations[:, 0].astype(float), np.full((20, 2), 0.1), draws=50)
     assert not passed["auc_within_careful"] and evidence.auc_within_careful is None
     assert evidence.n_within_careful == gated.labels.sum()

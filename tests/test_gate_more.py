@@ -12,9 +12,10 @@ from scipy.stats import rankdata
 from mechreward.errors import PackError
 from mechreward.features import gate as g
 from mechreward.features.catalog import load_pack, shipped_packs
-from mechreward.features.gate import gate, length_controlled, rise, spearman
-from mechreward.features.pack import Evidence, FormatChange, Injection, Interval, read_pack
-from test_gate import world
+from mechreward.features.gate import gate, length_controlled, rise
+from mechreward.features.pack import Evidence, FormatChange, Injection, read_pack
+from mechreward.stats import Interval, spearman
+from test_gate import measured, world
 from test_pack import EVIDENCE, PACK
 
 # Length --------------------------------------------------------------------------------------------------------------
@@ -174,24 +175,16 @@ def test_the_on_policy_tests_verdict(surprise, temperature, passed):
 def test_the_whole_gate_with_everything_measured():
     gated = world(1, n=240)
     scores = gated.activations[:, :10] @ np.repeat([1.0, -1.0], 5)
-    evidence = gate(
+    found = measured(
+        gated,
         scores,
-        gated.labels,
-        gated.groups,
-        gated.texts,
-        gated.lengths,
-        gated.ways,
-        gated.careful,
         np.full((100, 2), [0.1, 0.55]),
-        aggregation="mean",
-        temperature=1.0,
-        data="A made-up world.",
         injection=Injection(cues=["a"], rate=0.1, rise={"prepended": around(0.1)}),
         formats={"one line": change(0.9, 0.1)},
         surprise=around(0.0),
         without={"3": 0.8},
-        draws=30,
     )
+    evidence = gate(found, draws=30)
     assert [test.name for test in evidence.verdict] == [
         "auc", "spearman", "length_controlled", "permutation", "auc_within_careful", "gain_over_surface",
         "token_injection", "format", "on_policy",

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 import mechreward as mr
 from mechreward.cli import app
-from mechreward.rollout import hf
+from mechreward.rollout import sampling
 from mechreward.unfinished import Steps, Unfinished
 from planting import pocket
 
@@ -20,46 +20,50 @@ DISCOVER = [
 
 
 def test_steps_come_back_as_they_were_and_a_line_cut_off_is_done_again(tmp_path):
-    first = Unfinished(tmp_path / "kept").steps("layers", {"seed": 0})
+    first = Unfinished(tmp_path / "kept").steps("rollouts", {"seed": 0})
     assert list(first.each([0.1, 1 / 3], lambda x: [x, "a\n"])) == [[0.1, "a\n"], [1 / 3, "a\n"]]
     (file,) = (tmp_path / "kept").iterdir()
     file.write_text(file.read_text() + "[2, 0.1, [0.5")
-    again, made = Unfinished(tmp_path / "kept").steps("layers", {"seed": 0}), []
+    again, made = Unfinished(tmp_path / "kept").steps("rollouts", {"seed": 0}), []
     assert list(again.each([0.1, 1 / 3, 0.5], lambda x: made.append(x) or [x])) == [[0.1, "a\n"], [1 / 3, "a\n"], [0.5]]
     assert made == [0.5]
 
 
 def test_steps_of_another_configuration_are_left_alone(tmp_path):
-    Unfinished(tmp_path / "kept").steps("layers", {"seed": 0}).add(1)
+    Unfinished(tmp_path / "kept").steps("rollouts", {"seed": 0}).add(1)
     said = []
-    other = Unfinished(tmp_path / "kept", said.append).steps("layers", {"seed": 1})
+    other = Unfinished(tmp_path / "kept", said.append).steps("rollouts", {"seed": 1})
     assert other.done == [] and "another seed (0, not 1)" in said[0]
-    assert Unfinished(tmp_path / "kept").steps("layers", {"seed": 0}).done == [1]
+    assert Unfinished(tmp_path / "kept").steps("rollouts", {"seed": 0}).done == [1]
 
 
 @pytest.mark.parametrize("cut", [1, 2])
-def test_sampling_goes_on_in_the_same_stream_of_random_numbers(tmp_path, cut):
+def test_sampling_goes_on_in_the_same_stream_of_random_numbers(tmp_path, monkeypatch, cut):
     prompts = list(mr.pocket.dataset("discovery", 6)["prompt"])
 
-    def sampled(kept, tell=lambda done, of: None):
+    def sampled(kept):
         torch.manual_seed(5)
-        return hf.sample(
-            *pocket(), prompts, 2, 4, kept, tell, do_sample=True, temperature=1.0, top_k=0, max_new_tokens=24
+        return sampling.sample(
+            *pocket(), prompts, 2, 4, kept, do_sample=True, temperature=1.0, top_k=0, max_new_tokens=24
         )
 
-    def stop(done, of):
-        if done == 4 * cut:
-            raise KeyboardInterrupt
+    whole, own, calls = sampled(None).completion_ids, sampling._completions, []
 
-    whole = sampled(None).completion_ids
-    with pytest.raises(KeyboardInterrupt):
-        sampled(Steps(tmp_path / "a.jsonl", {}), stop)
+    def stopped(*args):
+        if len(calls) == cut:
+            raise KeyboardInterrupt
+        calls.append(1)
+        return own(*args)
+
+    with pytest.raises(KeyboardInterrupt), monkeypatch.context() as patched:
+        patched.setattr(sampling, "_completions", stopped)
+        sampled(Steps(tmp_path / "a.jsonl", {}))
     kept = Steps(tmp_path / "a.jsonl", {})
     assert len(kept.done) == cut and sampled(kept).completion_ids == whole
 
 
 def test_discover_is_interrupted_and_goes_on(tmp_path, monkeypatch):
-    calls, own = [], hf._completions
+    calls, own = [], sampling._completions
 
     def counted(*args):
         calls.append(1)
@@ -67,7 +71,7 @@ def test_discover_is_interrupted_and_goes_on(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return own(*args)
 
-    monkeypatch.setattr(hf, "_completions", counted)
+    monkeypatch.setattr(sampling, "_completions", counted)
     cut, whole = tmp_path / "cut" / "a.json", tmp_path / "whole" / "a.json"
     stopped = CliRunner().invoke(app, [*DISCOVER, "--out", str(cut)])
     assert stopped.exit_code == 130 and "goes on from there" in stopped.stderr and "Traceback" not in stopped.stderr

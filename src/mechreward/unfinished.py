@@ -1,7 +1,8 @@
-"""Work that may be interrupted: its finished steps are kept on disk, and the same work goes on behind them.
+"""Resumable work: completed steps are saved to disk and skipped on restart.
 
-What is kept belongs to what decided it: the model, the data, the seed, and so on. Steps that something else decided are
-left alone, and never mixed in. Numbers come back as they were, so that work in two parts ends like work in one.
+What takes long is kept: sampled rollouts, a red team's attacks, an evaluation's answers. It belongs to what decided it:
+the model, the data, the seed, and so on. Steps that something else decided are left alone, and never mixed in. Numbers
+come back as they were, so that work in two parts ends like work in one.
 """
 
 from __future__ import annotations
@@ -28,20 +29,20 @@ TellStage = Callable[[str, int, int], None]
 
 
 def silent(*_: Any) -> None:
-    """Tells nobody."""
+    """No-op progress callback."""
 
 
 class Steps:
     """The finished steps of one piece of work, in order. Without a file nothing is kept.
 
     Attributes:
-        done: What was kept of each step before.
-        seconds: That these steps took.
+        done: Each step that was kept, before and now.
+        seconds: What the steps took that were done before.
     """
 
     def __init__(self, file: Path | None = None, decides: Mapping[str, Any] | None = None):
         self.done: list[Any] = []
-        self.seconds, self._added, self._last = 0.0, 0, time.perf_counter()
+        self.seconds, self._last = 0.0, time.perf_counter()
         self._file, self._decides = file, decides
         for number, seconds, step in [] if file is None else _lines(file)[1:]:
             # Two commands at once may both have written a step, which is the same.
@@ -50,7 +51,7 @@ class Steps:
                 self.seconds += seconds
 
     def __len__(self) -> int:
-        return len(self.done) + self._added
+        return len(self.done)
 
     def add(self, step: Any) -> None:
         """Keep a finished step: lists, texts and numbers.
@@ -69,10 +70,11 @@ class Steps:
                 file.write("\n".join(lines) + "\n")
         except OSError as error:
             raise ConfigError(f"{self._file} cannot be written ({error.strerror}): choose another place.") from None
-        self._added, self._last = self._added + 1, now
+        self.done.append(step)
+        self._last = now
 
     def each(self, items: Iterable[T], do: Callable[[T], Any]) -> Iterator[Any]:
-        """What doing each item gives: kept where it was done before, and kept now where it was not."""
+        """Yield what doing each item gives, from what was kept where it was done before."""
         for number, item in enumerate(items):
             if number < len(self.done):
                 yield self.done[number]
@@ -95,7 +97,7 @@ class Unfinished:
         self.parts: dict[str, Steps] = {}
 
     def steps(self, name: str, decides: Mapping[str, Any]) -> Steps:
-        """The finished steps of a piece of work.
+        """Return the finished steps of a piece of work.
 
         Args:
             name: Of the work, a plural.
@@ -114,11 +116,11 @@ class Unfinished:
 
     @property
     def seconds(self) -> float:
-        """What the steps took that were done before this start."""
+        """Seconds that the steps took which were done before this start."""
         return sum(steps.seconds for steps in self.parts.values())
 
     def kept(self) -> str:
-        """Where an interrupted command stands, in a sentence."""
+        """Return a sentence on where an interrupted command stands."""
         some = [f"{len(steps)} of the {name}" for name, steps in self.parts.items() if len(steps)]
         if not some:
             return "Interrupted before anything was finished: the same command starts again."
@@ -126,13 +128,13 @@ class Unfinished:
         return f"Interrupted: {self.folder} keeps finished {what}. The same command goes on from there."
 
     def remove(self) -> None:
-        """The command has finished."""
+        """Remove the folder: the command has finished."""
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def digest(value: Any) -> str:
-    """Twelve hexadecimal digits that tell values apart: names, texts, numbers, lists of them."""
+    """Return twelve hexadecimal digits that tell values apart: names, texts, numbers, lists of them."""
     return hashlib.sha256(_dumped(value).encode()).hexdigest()[:12]
 
 
@@ -141,7 +143,7 @@ def _dumped(value: Any) -> str:
 
 
 def _lines(file: Path) -> list[Any]:
-    """The file's whole lines; what a killed command left behind them is cut off."""
+    """Return the file's whole lines, and cut off what a killed command left behind them."""
     if not file.exists():
         return []
     try:
@@ -161,7 +163,7 @@ def _files(folder: Path) -> list[str]:
 
 
 def _difference(file: Path, decides: Mapping[str, Any]) -> str:
-    """By what the steps in a file were decided differently."""
+    """Say by what the steps in a file were decided differently."""
     theirs, ours = (_lines(file) or [{}])[0], json.loads(_dumped(decides))
     for name in ours:
         if theirs.get(name) != ours[name]:

@@ -35,7 +35,10 @@ class OneSentence(TyperGroup):
         except KeyboardInterrupt:
             if ctx.invoked_subcommand == "serve":  # while it loads; a server has nothing to go on with
                 raise typer.Exit(130) from None
-            typer.echo("Interrupted: nothing that was finished is lost; give the same command to go on.", err=True)
+            if ctx.invoked_subcommand in ("features", "probe"):  # short work, of which nothing is kept
+                typer.echo("Interrupted: the same command starts again.", err=True)
+            else:
+                typer.echo("Interrupted: nothing that was finished is lost; give the same command to go on.", err=True)
             raise typer.Exit(130) from None
         except MechRewardError as error:
             if ctx.params.get("debug"):

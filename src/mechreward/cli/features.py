@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mechreward.cli.common import AsJson, console, made, progress
+from mechreward.cli.common import AsJson, console, made
 
 features = typer.Typer(
     no_args_is_help=True,
@@ -172,7 +172,7 @@ def _examples(
     """Read the corpus for the chosen latents; their examples, and a sentence on what was read."""
     import itertools
 
-    from mechreward import pocket
+    from mechreward import pocket, progress
     from mechreward.errors import ConfigError
     from mechreward.features.examples import collect, pocket_corpus, read_corpus
     from mechreward.rollout.hf import load_model
@@ -192,9 +192,7 @@ def _examples(
     else:
         raise ConfigError("Give the texts to read with --corpus.")
     loaded, tokenizer = load_model(named)
-    with progress() as tell:
-        found = collect(
-            loaded, tokenizer, chosen.readout, items, top=top, context=context,
-            tell=lambda done: tell("Reading the corpus", done, count),
-        )  # fmt: skip
+    with progress.shown():
+        corpus_read = progress.track(items, "Reading the corpus", count)
+        found = collect(loaded, tokenizer, chosen.readout, corpus_read, top=top, context=context)
     return found, f"{found[0].tokens:,} tokens of {found[0].texts:,} texts read by {named}, from {where}"

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from mechreward import progress
 from mechreward.cli.common import (
     Answer,
     AsJson,
@@ -27,7 +28,6 @@ from mechreward.cli.common import (
     check_pack_file,
     console,
     made,
-    progress,
     resumable,
     show_verdict,
 )
@@ -150,7 +150,7 @@ def _found(
 ) -> tuple[Any, int, str]:
     """What was found, where the pack's dictionary begins among the latents of all, and the model; all is written."""
     from mechreward.errors import ConfigError
-    from mechreward.features.discover import check_models, check_settings, recorded_as, write_discovery
+    from mechreward.features.discover import Search, check_models, recorded_as, write_discovery
     from mechreward.features.discover import discover as find_features
     from mechreward.features.frozen import freeze as freeze_pack
     from mechreward.rollout.capture import check_fits
@@ -160,8 +160,8 @@ def _found(
     if not names:
         raise ConfigError("Name a sparse autoencoder with --sae, or a pack without features with --recipe.")
     # Before anything is sampled, which may take hours.
-    negative = 0 if settings["method"] == "reasonscore" else settings["n_negative"]
-    check_settings(settings["method"], settings["aggregation"], settings["n_positive"], negative)
+    name, behaviour = settings.pop("name"), settings.pop("behaviour")
+    search = Search(**settings)
     saes = [load_sae(*reference(name)) for name in names]
     check_models(saes)
     made_for = made_for or saes[0].model_name
@@ -169,9 +169,9 @@ def _found(
         raise ConfigError(f"{saes[0].name} does not say which model it was made for: name it with --model.")
     loaded, tokenizer = load_model(made_for, parse_dtype(dtype))
     check_fits([each.features([0]) for each in saes], loaded)
-    with resumable(beside(out, "discover")) as unfinished, progress() as tell:
-        found_in = sampling.labelled(loaded, tokenizer, data, "discovery", unfinished=unfinished, tell=tell)
-        found = find_features(loaded, tokenizer, found_in, saes, unfinished=unfinished, tell=tell, **settings)
+    with resumable(beside(out, "discover")) as unfinished, progress.shown():
+        found_in = sampling.labelled(loaded, tokenizer, data, "discovery", unfinished=unfinished)
+        found = find_features(loaded, tokenizer, found_in, saes, name, behaviour, search)
         found = recorded_as(found, template.model if template else made_for)
         write_discovery(found, out)
         best = found.saes.index(found.pack.sae)
@@ -224,9 +224,9 @@ def gate(
         verifier, split, subset, prompt, answer, questions or 250, each, max_new_tokens, batch_size, seed, keep_rollouts
     )
     used = chance.asked if chance else ()
-    with resumable(beside(file, "gate")) as unfinished, progress() as tell:
-        held_out = sampling.labelled(loaded, tokenizer, data, "gate", used, unfinished, tell)
-        judged = judge(pack, loaded, tokenizer, held_out, chance, seed, tell)
+    with resumable(beside(file, "gate")) as unfinished, progress.shown():
+        held_out = sampling.labelled(loaded, tokenizer, data, "gate", used, unfinished)
+        judged = judge(pack, loaded, tokenizer, held_out, chance, seed)
         write_pack(judged, file)
     if chance is not None and file != Path(name):
         shutil.copy2(chance_file(Path(name)), chance_file(file))  # so that it can be gated again

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from mechreward.cli.common import AsJson, beside, console, made, progress, resumable
+from mechreward import progress
+from mechreward.cli.common import AsJson, console, made
 
 probe = typer.Typer(
     no_args_is_help=True,
@@ -34,8 +35,6 @@ def train_a_probe(
 ) -> None:
     """Train a probe, choose its layer by cross-validation, calibrate it, and measure it on held-out rollouts.
 
-    It can be interrupted: the same command does not fit again the layers that it has fitted.
-
     Example: mechreward probe train --model mechreward/pocket --data rollouts.jsonl --out probes/correctness
     """
     from mechreward.extras import require
@@ -51,12 +50,11 @@ def train_a_probe(
     loaded, tokenizer = load_model(model)
     chosen, rollouts = parse_layers(layers, loaded), read_rollouts(data, loaded, tokenizer)
     others = None if held_out is None else read_rollouts(held_out, loaded, tokenizer)
-    with resumable(beside(files_of(out)[0], "train")) as unfinished, progress() as tell:
+    with progress.shown():
         trained = train_probe(
-            loaded, rollouts, chosen, pooling, others, files_of(out)[0].stem, model, description, licence,
-            unfinished, tell,
-        )  # fmt: skip
-        save_probe(trained.probe, out)
+            loaded, rollouts, chosen, pooling, others, files_of(out)[0].stem, model, description, licence
+        )
+    save_probe(trained.probe, out)
     if plot:
         draw_sweep(trained.probe.card, plot)
     _tell_probe(trained.probe.card, as_json)
@@ -89,24 +87,20 @@ def _tell_probe(card: Any, as_json: bool) -> None:
         table = Table("layer", "C", "AUC, cross-validated", "AUC, held out", title=title)
         for layer in card.training.layers:
             mark = " *" if card.hook_point == f"blocks.{layer.layer}.hook_resid_post" else ""
-            figures = (_shown_interval(layer.cross_validated), _shown_interval(layer.held_out))
+            figures = (layer.cross_validated.shown(), layer.held_out.shown())
             table.add_row(f"{layer.layer}{mark}", f"{layer.strength:g}", *figures)
         console.print(table)
-        said.append(f"Cross-validated AUC {_shown_interval(card.training.cross_validated)}.")
+        said.append(f"Cross-validated AUC {card.training.cross_validated.shown()}.")
     if card.evidence is not None:
         chance = " No better than chance." if card.evidence.auc.low <= 0.5 else ""
-        said.append(f"AUC on {card.evidence.n} held-out rollouts {_shown_interval(card.evidence.auc)}.{chance}")
+        said.append(f"AUC on {card.evidence.n} held-out rollouts {card.evidence.auc.shown()}.{chance}")
     if card.calibration is not None:
         c = card.calibration
         said.append(
-            f"Calibrated: Brier score {_shown_interval(c.brier)} ({c.brier_uncalibrated:.3f} uncalibrated, "
+            f"Calibrated: Brier score {c.brier.shown()} ({c.brier_uncalibrated:.3f} uncalibrated, "
             f"{c.brier_of_the_share:.3f} for the share alone), expected calibration error {c.ece:.3f} "
             f"({c.ece_uncalibrated:.3f} uncalibrated)."
         )
     said += [f"Trained on {card.trained_on}."] if card.trained_on else []
     said += [f"Licence: {card.licence}."] if card.licence else []
     console.print("\n".join(said), soft_wrap=True, markup=False, highlight=False)
-
-
-def _shown_interval(interval: Any) -> str:
-    return f"{interval.value:.3f} ({interval.low:.3f} to {interval.high:.3f})"

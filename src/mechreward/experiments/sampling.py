@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from mechreward.experiments.data import load
 from mechreward.features.discover import digest
 from mechreward.rollout.labelled import Labelled, holds_rollouts, read_rollouts, sample_rollouts, write_rollouts
 from mechreward.schema import most_telling, sentence
-from mechreward.unfinished import TellStage, Unfinished, silent
+from mechreward.unfinished import Unfinished
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,6 @@ class Sampling:
         of_pocket: str,
         used: Collection[str] = (),
         unfinished: Unfinished | None = None,
-        tell: TellStage = silent,
     ) -> Labelled:
         """Rollouts from a file, or sampled on questions that were not used before, and labelled by the verifier.
 
@@ -90,7 +88,6 @@ class Sampling:
             of_pocket: Which of pocket's splits, where none is named.
             used: Digests of questions that must not be asked.
             unfinished: Keeps the rollouts batch by batch, so that sampling can be interrupted.
-            tell: Called with the stage, what is done of it, and of how many.
 
         Raises:
             DataError: The data cannot be read, all was used before, or all rollouts have the same label.
@@ -116,7 +113,6 @@ class Sampling:
             self.seed,
             self.batch_size,
             unfinished,
-            functools.partial(tell, "Sampling rollouts"),
             **self.generate,
         )
         if self.keep is not None:

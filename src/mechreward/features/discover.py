@@ -7,19 +7,19 @@ is made again on permuted labels, and :mod:`mechreward.features.gate` compares t
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
+from mechreward import progress
 from mechreward.aggregation import aggregation as find_aggregation
 from mechreward.errors import ConfigError, PackError, nearest
 from mechreward.families import UNNAMED
@@ -28,16 +28,15 @@ from mechreward.features.reasonscore import reason_scores
 from mechreward.features.scan import Scan, permuted, scan
 from mechreward.rollout.batch import plain_text
 from mechreward.rollout.capture import check_fits
-from mechreward.rollout.hf import pooled
 from mechreward.rollout.labelled import Labelled
+from mechreward.rollout.source import pooled
 from mechreward.sae.handle import SAEHandle
 from mechreward.sae.registry import reference
-from mechreward.unfinished import Steps, Tell, TellStage, Unfinished, silent
 
 _ROWS = 64  # rows that are converted to float64 at a time: extra memory is 64 rows, however many rollouts there are
 _SCREENED = 64  # latents of a dictionary, the strongest by effect, that a sparse regression chooses from
 
-Method = Literal["effect", "firing", "lasso", "reasonscore"]
+METHODS = ("effect", "firing", "lasso", "reasonscore")
 
 
 class Selection(NamedTuple):
@@ -54,6 +53,61 @@ class Selection(NamedTuple):
     ids: NDArray[np.int64]
     weights: NDArray[np.float64]
     strength: float
+
+
+@dataclass(frozen=True)
+class Search:
+    """How latents are chosen.
+
+    Methods: ``effect``, Cohen's d of the aggregated activations; ``firing``, SparseRM's gap in firing rates (arXiv
+    2511.07896); ``lasso``, a sparse logistic regression on the 64 latents of largest effect; ``reasonscore``, which
+    looks at cue words instead of labels (arXiv 2503.18878, see :mod:`mechreward.features.reasonscore`).
+
+    Attributes:
+        method: See above.
+        aggregation: How activations over a rollout's tokens become one number, as the pack's reward will do it.
+        n_positive: How many latents to take among those that rise with the behaviour.
+        n_negative: How many among those that fall; ``reasonscore`` knows none.
+        min_firing: Latents that fire in a smaller share of the rollouts are left out.
+        permutations: Of the labels: for the adjusted p of each latent, and for the gate.
+        seed: Of the permutations.
+
+    Raises:
+        ConfigError: An unknown method or aggregation, or no latents to select.
+    """
+
+    method: str = "effect"
+    aggregation: str = "mean"
+    n_positive: int = 10
+    n_negative: int = 10
+    min_firing: float = 0.01
+    permutations: int = 200
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ConfigError(
+                f"There is no discovery method '{self.method}': use {', '.join(METHODS)}."
+                f"{nearest(self.method, METHODS)}"
+            )
+        find_aggregation(self.aggregation)
+        if self.aggregation == "per_token":
+            raise ConfigError("aggregation='per_token' gives no number for a rollout to select by: use 'mean'.")
+        positive, negative, _ = self.rank
+        if positive < 0 or negative < 0 or positive + negative == 0:
+            raise ConfigError(
+                f"n_positive={positive} and n_negative={negative} select no latents"
+                f"{' (reasonscore knows no negative ones)' if self.by_words else ''}: ask for at least one."
+            )
+
+    @property
+    def by_words(self) -> bool:
+        """Whether cue words decide, and not the labels."""
+        return self.method == "reasonscore"
+
+    @property
+    def rank(self) -> _Rank:
+        return _Rank(self.n_positive, 0 if self.by_words else self.n_negative, self.min_firing)
 
 
 @dataclass(frozen=True)
@@ -86,21 +140,9 @@ def discover(
     saes: Sequence[SAEHandle],
     name: str,
     behaviour: str,
-    method: Method = "effect",
-    aggregation: str = "mean",
-    n_positive: int = 10,
-    n_negative: int = 10,
-    min_firing: float = 0.01,
-    permutations: int = 200,
-    seed: int = 0,
-    unfinished: Unfinished | None = None,
-    tell: TellStage = silent,
+    search: Search | None = None,
 ) -> Discovery:
     """Scan all latents on labelled rollouts, and propose a pack.
-
-    Methods: ``effect``, Cohen's d of the aggregated activations; ``firing``, SparseRM's gap in firing rates (arXiv
-    2511.07896); ``lasso``, a sparse logistic regression on the 64 latents of largest effect; ``reasonscore``, which
-    looks at cue words instead of labels (arXiv 2503.18878, see :mod:`mechreward.features.reasonscore`).
 
     The cost is one truncated forward pass and tokens x width x d_model multiplications; a second pass over a part of
     the latents for ``lasso``, and over all of them, a pass for each dictionary, for ``reasonscore``.
@@ -113,78 +155,67 @@ def discover(
             selection by chance: choosing the layer is part of the selection.
         name: Of the pack.
         behaviour: What the labels mean, in a sentence.
-        method: See above.
-        aggregation: How activations over a rollout's tokens become one number, as the pack's reward will do it.
-        n_positive: How many latents to take among those that rise with the behaviour.
-        n_negative: How many among those that fall; ``reasonscore`` knows none.
-        min_firing: Latents that fire in a smaller share of the rollouts are left out.
-        permutations: Of the labels: for the adjusted p of each latent, and for the gate.
-        seed: Of the permutations.
-        unfinished: Keeps the sparse regressions, which take longest, so that they can be interrupted.
-        tell: Called with the stage, what is done of it, and of how many.
+        search: How latents are chosen.
 
     Raises:
         PackError: Nothing could be selected.
-        ConfigError: An unknown method or aggregation, no latents to select, or dictionaries for several models.
+        ConfigError: Dictionaries for several models, or none.
         ModelMismatchError: A dictionary reads another model.
     """
-    check_settings(method, aggregation, n_positive, 0 if method == "reasonscore" else n_negative)
+    search = search or Search()
+    rank, by_words = search.rank, search.by_words
     check_models(saes)
-    spans = [slice(*ends) for ends in itertools.pairwise(np.cumsum([0, *(sae.d_sae for sae in saes)]).tolist())]
     everything = [sae.all_features() for sae in saes]
     check_fits(everything, model)
-    reading = functools.partial(tell, "Reading every latent")
-    blocks = (block.numpy() for block in pooled(model, rollouts.batch, everything, aggregation, reading))
-    found, scores, chance = None, None, []
-    rank = _Rank(n_positive, n_negative, min_firing)
-    if method == "reasonscore":
-        moments = scan(blocks, rollouts.labels, rollouts.groups, 0, seed)  # for the spreads and firing rates alone
-        scores = np.concatenate([reason_scores(model, tokenizer, rollouts.batch, sae) for sae in saes])
-        raising = _Rank(n_positive, 0, min_firing)
-        per_sae = [raising(i, scores[span], moments, span) for i, span in enumerate(spans)]
+    spans = [slice(*ends) for ends in itertools.pairwise(np.cumsum([0, *(sae.d_sae for sae in saes)]).tolist())]
+
+    # Cue words need the scan for the spreads and firing rates alone.
+    scores = None
+    with progress.stage("Reading every latent", len(rollouts) * (1 + len(saes) if by_words else 1)):
+        blocks = (block.numpy() for block in pooled(model, rollouts.batch, everything, search.aggregation))
+        permutations = 0 if by_words else search.permutations
+        found = scan(blocks, rollouts.labels, rollouts.groups, permutations, search.seed)
+        if by_words:
+            scores = np.concatenate([reason_scores(model, tokenizer, rollouts.batch, sae) for sae in saes])
+
+    # One selection a dictionary: with the labels, then with each permutation of them.
+    if search.method == "lasso":
+        chosen = _sparse_regressions(model, rollouts, saes, spans, found, search)
     else:
-        found = scan(blocks, rollouts.labels, rollouts.groups, permutations, seed)
-        if method == "lasso":
-            labellings = _labellings(rollouts, permutations, seed)
-            kept = _regressions_before(unfinished, found, aggregation, rank)
-            fitting = functools.partial(tell, "Regressions, permutations included")
-            chosen = _sparse_regressions(
-                model, rollouts, saes, spans, found, labellings, aggregation, rank, kept, fitting
-            )
-        else:
-            criteria = found.effects if method == "effect" else found.gaps
-            chosen = ([rank(i, row[span], found, span) for i, span in enumerate(spans)] for row in criteria)
-        per_sae, *others = list(chosen)
-        chance = [max(selections, key=lambda s: s.strength) for selections in others]
+        criteria = {"effect": found.effects, "firing": found.gaps}.get(search.method, [scores])
+        chosen = [[rank(i, row[span], found, span) for i, span in enumerate(spans)] for row in criteria]
+    per_sae, *others = chosen
+    chance = [max(selections, key=lambda s: s.strength) for selections in others]
     best = max(per_sae, key=lambda selection: selection.strength)
     if len(best.ids) == 0:
         raise PackError(
-            f"No latent fires in at least {min_firing:.0%} of the {len(rollouts)} rollouts and differs between those "
-            "with and without the behaviour: lower min_firing, or contrast more rollouts."
+            f"No latent fires in at least {search.min_firing:.0%} of the {len(rollouts)} rollouts and differs between "
+            "those with and without the behaviour: lower min_firing, or contrast more rollouts."
         )
-    pack = _pack(saes[best.sae], best, name, behaviour, aggregation, rollouts)
+
     settings: dict[str, str | int | float] = {
         "made_by": "mechreward discover",
-        "method": method,
+        "method": search.method,
         "discovered_on": rollouts.source,
         "discovery_rollouts": len(rollouts),
         "discovery_with_behaviour": int(rollouts.labels.sum()),
         "dictionaries_scanned": len(saes),
-        "n_positive": n_positive,
-        "n_negative": n_negative if method != "reasonscore" else 0,
-        "min_firing": min_firing,
-        "permutations": permutations,
-        "seed": seed,
+        "n_positive": rank.n_positive,
+        "n_negative": rank.n_negative,
+        "min_firing": rank.min_firing,
+        "permutations": search.permutations,
+        "seed": search.seed,
     }
-    if found is not None and method == "effect":
+    if search.method == "effect":
         p = found.adjusted_p[spans[best.sae]][best.ids]
         settings["latents_significant"] = int((p <= 0.05).sum())
         settings["largest_effect"] = float(np.nan_to_num(np.abs(found.effect[spans[best.sae]][best.ids]).max()))
         settings["largest_effect_by_chance"] = float(np.nan_to_num(found.largest_by_chance.max(initial=0.0)))
+    pack = _pack(saes[best.sae], best, name, behaviour, search.aggregation, rollouts)
     return Discovery(
         pack=pack.model_copy(update={"provenance": settings}),
         per_sae=per_sae,
-        scan=found,
+        scan=None if by_words else found,
         scores=scores,
         chance=chance,
         saes=[_reference(sae) for sae in saes],
@@ -333,47 +364,29 @@ def _sparse_regressions(
     saes: Sequence[SAEHandle],
     spans: list[slice],
     found: Scan,
-    labellings: NDArray[np.bool_],
-    aggregation: str,
-    rank: _Rank,
-    kept: Steps,
-    tell: Tell,
+    search: Search,
 ) -> Iterator[list[Selection]]:
     """For each labelling, a sparse logistic regression on each dictionary's latents of largest effect under it."""
+    rank, labellings = search.rank, _labellings(rollouts, search.permutations, search.seed)
     screened = [[_screened(row[span], found.firing[span], rank.min_firing) for span in spans] for row in found.effects]
+    # A latent that any labelling has screened is read once.
     wanted = [np.unique(np.concatenate([each[i] for each in screened])) for i in range(len(saes))]
     readouts = [sae.features(ids.tolist()) for sae, ids in zip(saes, wanted, strict=True) if len(ids)]
     read = np.zeros((len(rollouts), 0))
     if readouts:
-        read = torch.cat(list(pooled(model, rollouts.batch, readouts, aggregation))).double().numpy()
+        read = torch.cat(list(pooled(model, rollouts.batch, readouts, search.aggregation))).double().numpy()
     columns = np.split(read, np.cumsum([len(ids) for ids in wanted])[:-1], axis=1)
 
-    def fitted(labels_and_ids: tuple[NDArray[np.bool_], list[NDArray[np.int64]]]) -> list[Any]:
-        labels, selections = labels_and_ids[0], []
-        for i, latents in enumerate(labels_and_ids[1]):
+    each = zip(labellings, screened, strict=True)
+    for labels, ids in progress.track(each, "Regressions, permutations included", len(labellings)):
+        selections = []
+        for i, latents in enumerate(ids):
             x = columns[i][:, np.searchsorted(wanted[i], latents)]
             coefficients, area = sparse_logistic(x, labels, rollouts.groups)
             best = _strongest(coefficients, rank.n_positive, rank.n_negative)
             spread = np.maximum(x[:, best].std(axis=0), np.finfo(np.float64).tiny)
-            selections.append([latents[best].tolist(), (coefficients[best] / spread).tolist(), area])
-        return selections
-
-    for done, each in enumerate(kept.each(zip(labellings, screened, strict=True), fitted), 1):
-        tell(done, len(labellings))
-        yield [
-            Selection(i, np.array(ids, dtype=np.int64), np.array(weights, dtype=np.float64), area)
-            for i, (ids, weights, area) in enumerate(each)
-        ]
-
-
-def _regressions_before(unfinished: Unfinished | None, found: Scan, aggregation: str, rank: _Rank) -> Steps:
-    """Those that were made on this very scan."""
-    if unfinished is None:
-        return Steps()
-    scanned = hashlib.sha256(found.effects.tobytes() + found.firing.tobytes()).hexdigest()
-    return unfinished.steps(
-        "regressions", {"scan": scanned, "aggregation": aggregation, "number of latents": list(rank)}
-    )
+            selections.append(Selection(i, latents[best], coefficients[best] / spread, area))
+        yield selections
 
 
 def _screened(effect: NDArray, firing: NDArray, min_firing: float) -> NDArray[np.int64]:
@@ -456,27 +469,6 @@ def recorded_as(found: Discovery, model: str) -> Discovery:
     if named == UNNAMED or (model.endswith(f"/{named}") and not Path(model).exists()):
         return replace(found, pack=found.pack.model_copy(update={"model": model}))
     return found
-
-
-def check_settings(method: str, aggregation: str, n_positive: int, n_negative: int) -> None:
-    """Refuse settings of a discovery before anything is sampled or read for it.
-
-    Raises:
-        ConfigError: An unknown method or aggregation, or no latents to select.
-    """
-    if method not in get_args(Method):
-        raise ConfigError(
-            f"There is no discovery method '{method}': use {', '.join(get_args(Method))}."
-            f"{nearest(method, get_args(Method))}"
-        )
-    find_aggregation(aggregation)
-    if aggregation == "per_token":
-        raise ConfigError("aggregation='per_token' gives no number for a rollout to select by: use 'mean'.")
-    if n_positive < 0 or n_negative < 0 or n_positive + n_negative == 0:
-        raise ConfigError(
-            f"n_positive={n_positive} and n_negative={n_negative} select no latents"
-            f"{' (reasonscore knows no negative ones)' if method == 'reasonscore' else ''}: ask for at least one."
-        )
 
 
 def check_models(saes: Sequence[SAEHandle]) -> None:

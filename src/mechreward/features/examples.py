@@ -26,10 +26,9 @@ from mechreward.pocket.questions import questions
 from mechreward.readout import Readout, ReadoutBank
 from mechreward.rollout.batch import Call, RolloutBatch, Text, own_text
 from mechreward.rollout.capture import check_fits, unwrap
-from mechreward.rollout.hf import HFSource, read_forward
 from mechreward.rollout.sampling import token_texts
+from mechreward.rollout.source import HFSource, read_forward
 from mechreward.schema import shown
-from mechreward.unfinished import silent
 
 SAMPLE = 200
 """Activating examples that are kept at random, for quantiles: exact quantiles up to this many."""
@@ -155,7 +154,6 @@ def collect(
     batch_size: int = 32,
     length: int = 512,
     seed: int = 0,
-    tell: Callable[[int], None] = silent,
 ) -> list[FeatureExamples]:
     """Read a corpus once and keep each latent's examples.
 
@@ -175,7 +173,6 @@ def collect(
         batch_size: Texts read together.
         length: Longer plain texts are cut into pieces of so many tokens, each read on its own. Rollouts are not cut.
         seed: Of the random examples and controls.
-        tell: Called with the texts that were read.
 
     Returns:
         K results, in the order of the readout's labels.
@@ -215,7 +212,6 @@ def collect(
             for k, latent in enumerate(latents):
                 latent.offer(row, k, float(peaks[b, k]), priority)
             texts += 1
-        tell(numbers[-1] + 1)
     if tokens == 0:
         raise DataError("There is no token to read in the corpus: it is empty, or holds nothing but special tokens.")
 

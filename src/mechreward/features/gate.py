@@ -21,19 +21,22 @@ three need the model: :func:`mechreward.features.judge.judge` runs them all. A p
 measured too, and not tested: a pack of one feature may be a good one.
 """
 
-import itertools
+from __future__ import annotations
+
 import re
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import rankdata
 
+from mechreward import progress
 from mechreward.errors import PackError
-from mechreward.features.pack import Bin, Evidence, FormatChange, GateTest, Injection, Interval
-from mechreward.unfinished import Tell, silent
+from mechreward.features.pack import Bin, Evidence, FormatChange, GateTest, Injection
+from mechreward.stats import Interval, auc, bootstrap, comparable, spearman
 
 AUC_LOW = 0.70  # lower end of the AUC's interval must lie above
 SPEARMAN_LOW = 0.30  # lower end of Spearman's interval must reach
@@ -46,8 +49,6 @@ FORMAT_DROP = 0.10  # a change of format may lower the AUC by so much
 SURPRISE = 0.05  # nats a token: the interval of the surprise must come so near to 0
 
 Floats = NDArray[np.float64]
-Selection = tuple[NDArray[np.int64], Floats]
-Select = Callable[[NDArray, NDArray], Selection]
 Splits = list[tuple[NDArray[np.int64], NDArray[np.int64]]]  # row numbers to train on and to test on
 Surface = dict[str, Any]  # baseline's name -> scipy.sparse.csr_array [n, columns], float64
 
@@ -60,39 +61,6 @@ _UNPENALISED = 10.0
 # behaviour that shows in many n-grams, l1 one that hangs on a few, such as a cue word. Without l1, readings that were
 # a noisy count of one word passed the surface test in 8 of 12 made-up worlds of 480 rollouts; with it, in none.
 _PENALTIES = ((0.01, 0), (0.1, 0), (1.0, 0), (0.03, 1), (0.1, 1), (0.3, 1))
-
-
-def spearman(scores: ArrayLike, labels: ArrayLike) -> float:
-    """Spearman's rank correlation, ties at their middle rank (Spearman 1904): Pearson's r of the ranks.
-
-    Args:
-        scores: One number per rollout [n].
-        labels: Bools or numbers [n], not all the same.
-
-    Returns:
-        A float in [-1, 1]; 0 when every score is the same, since such a score orders nothing.
-    """
-    scores, labels = _checked(scores, labels)
-    x, y = rankdata(scores), rankdata(labels)
-    x, y = x - x.mean(), y - y.mean()
-    norm = np.sqrt((x @ x) * (y @ y))
-    return float(np.clip(x @ y / norm, -1, 1)) if norm > 0 else 0.0
-
-
-def auc(scores: ArrayLike, labels: ArrayLike) -> float:
-    """Area under the ROC curve: P(score of a positive > score of a negative) + half of P(equal).
-
-    Computed from ranks (Mann-Whitney U: Hanley and McNeil 1982), exactly, ties included.
-
-    Args:
-        scores: One number per rollout [n].
-        labels: Bools [n], not all the same.
-    """
-    scores, labels = _checked(scores, labels)
-    positive = labels.astype(bool)
-    n_1 = int(positive.sum())
-    n_0 = len(positive) - n_1
-    return float((rankdata(scores)[positive].sum() - n_1 * (n_1 + 1) / 2) / (n_1 * n_0))
 
 
 def length_controlled(scores: ArrayLike, labels: ArrayLike, lengths: ArrayLike) -> float:
@@ -109,7 +77,7 @@ def length_controlled(scores: ArrayLike, labels: ArrayLike, lengths: ArrayLike) 
     Returns:
         A float in [-1, 1]; 0 when the length explains one of the two entirely.
     """
-    scores, labels = _checked(scores, labels)
+    scores, labels = comparable(scores, labels)
     rank = _standardised(rankdata(np.asarray(lengths, dtype=np.float64)))
     tenth = np.digitize(rank, np.unique(np.quantile(rank, np.linspace(0.1, 0.9, 9))))
     known = np.column_stack([np.ones_like(rank), rank, rank**2, rank**3, tenth[:, None] == np.arange(1, 10)])
@@ -128,112 +96,10 @@ def rise(changed: ArrayLike, scores: ArrayLike, labels: ArrayLike) -> float:
     (mean changed_0 - mean r_0) / (mean r_1 - mean r_0), Ma et al.'s transfer ratio; infinite where the reading does not
     even rise with the behaviour.
     """
-    scores, labels = _checked(scores, labels)
+    scores, labels = comparable(scores, labels)
     positive = labels.astype(bool)
     low, way = scores[~positive].mean(), scores[positive].mean() - scores[~positive].mean()
     return float((np.asarray(changed, dtype=np.float64)[~positive].mean() - low) / way) if way > 0 else float("inf")
-
-
-def bootstrap(
-    statistic: Callable[..., float],
-    *arrays: ArrayLike,
-    groups: ArrayLike | None = None,
-    draws: int = 1000,
-    seed: int = 0,
-) -> Interval:
-    """A statistic with its 95 % percentile bootstrap interval (Efron 1979).
-
-    Args:
-        statistic: Takes the arrays, resampled alike, and gives a float.
-        arrays: Each [n, ...], row i of all belonging to rollout i.
-        groups: Prompt of each rollout [n]. Rollouts of one prompt are not independent, so whole prompts are drawn;
-            without groups, single rollouts.
-        draws: Resamples. Those in which the statistic is undefined (only one label drawn) are left out; should that be
-            most of them, a PackError says so.
-        seed: Seed of the resampling.
-    """
-    rows = [np.asarray(array) for array in arrays]
-    value = statistic(*rows)
-    n = len(rows[0])
-    members = _members(np.arange(n) if groups is None else np.asarray(groups))
-    if len(members) < 2:
-        raise PackError("A bootstrap interval needs rollouts of at least two prompts: sample more prompts.")
-    rng = np.random.default_rng(seed)
-    values = []
-    for _ in range(draws):
-        index = np.concatenate([members[g] for g in rng.integers(len(members), size=len(members))])
-        try:
-            values.append(statistic(*(array[index] for array in rows)))
-        except PackError:
-            continue
-    if len(values) < draws / 2 or not values:
-        raise PackError(
-            f"Only {len(values)} of {draws} resamples of {len(members)} prompts hold rollouts with and without the "
-            "behaviour, too few for an interval: sample more prompts."
-        )
-    low, high = np.quantile(values, [0.025, 0.975])
-    return Interval(value=float(value), low=float(low), high=float(high))
-
-
-def selection_null(
-    discovery_activations: NDArray,
-    discovery_labels: ArrayLike,
-    gate_activations: NDArray,
-    gate_labels: ArrayLike,
-    select: Select,
-    *,
-    discovery_groups: ArrayLike | None = None,
-    permute_gate: bool = False,
-    draws: int = 100,
-    seed: int = 0,
-) -> Floats:
-    """What the whole procedure, selection included, reaches with labels that have nothing to do with the behaviour.
-
-    Each draw shuffles the labels of the discovery rollouts, *repeats the selection* on them, and scores the gate's
-    rollouts with the latents and weights so found. Two nulls can be made of that:
-
-    - **Against the gate's true labels (default, the one that the gate tests).** H0: the discovery labels do not help to
-      find features of the behaviour. This null is wide, and rightly so: latents move together, and a few directions
-      (on `pocket`, the way of answering) explain much of every behaviour, so 20 latents chosen by chance already
-      correlate with it, with an arbitrary sign. A pack must beat that, not pure noise. Because the sign of a chance
-      selection is arbitrary, |Spearman| and the AUC counted from .5 upwards are returned; the observed value keeps its
-      sign, which can only make the test stricter.
-    - **Against shuffled gate labels too (``permute_gate``).** H0: nothing in the activations relates to the labels. Its
-      width is that of an unrelated score on n rollouts; almost anything beats it. Reported, never tested.
-
-    Under the first H0, labels exchangeable, the observed selection is one more draw, so (1 + number of draws at least
-    as large) / (1 + draws) is a valid p-value (Phipson and Smyth 2010).
-
-    Args:
-        discovery_activations: Aggregated activations that the selection sees [n, F].
-        discovery_labels: Their true labels [n], bool.
-        gate_activations: Aggregated activations of other rollouts [m, F]. A draw's score is activations @ weights,
-            which is exact for an aggregation that is linear in the tokens, such as the mean.
-        gate_labels: Their true labels [m], bool.
-        select: (activations, labels) -> (ids [K], weights [K]), as :func:`mechreward.features.discover.select`.
-        discovery_groups: Prompt of each discovery rollout [n]. If given, labels are shuffled by whole prompts, which
-            keeps the likeness of rollouts of one prompt in the null.
-        permute_gate: Shuffle the gate's labels as well.
-        draws: Number of draws; 100 is the least that can give p < .01.
-        seed: Seed of the shuffling; the same seed gives the same shuffled discovery labels in both nulls.
-
-    Returns:
-        float64 [draws, 2]: |Spearman|, and max(AUC, 1 - AUC).
-    """
-    labels = np.asarray(discovery_labels).astype(bool)
-    truth = np.asarray(gate_labels).astype(bool)
-    members = _members(np.arange(len(labels)) if discovery_groups is None else np.asarray(discovery_groups))
-    places = np.concatenate(members)
-    rng, gate_rng = np.random.default_rng([seed, 0]), np.random.default_rng([seed, 1])
-    null = np.empty((draws, 2))
-    for draw in range(draws):
-        shuffled = np.empty_like(labels)
-        shuffled[places] = labels[np.concatenate([members[g] for g in rng.permutation(len(members))])]
-        ids, weights = select(discovery_activations, shuffled)
-        scores = gate_activations[:, ids].astype(np.float64) @ weights
-        against = gate_rng.permutation(truth) if permute_gate else truth
-        null[draw] = abs(spearman(scores, against)), 0.5 + abs(auc(scores, against) - 0.5)
-    return null
 
 
 def surface_features(texts: Sequence[str], lengths: ArrayLike, ways: Sequence[str] | None = None) -> Surface:
@@ -298,7 +164,6 @@ def surface_gain(
     folds: int = 5,
     draws: int = 1000,
     seed: int = 0,
-    tick: Callable[[], None] = silent,
 ) -> SurfaceGain:
     """Logistic regression on the surface, without and with the reading; AUC of out-of-fold predictions.
 
@@ -320,147 +185,147 @@ def surface_gain(
         folds: Folds of the cross-validation, at most one per prompt.
         draws: Bootstrap resamples.
         seed: Seed of the bootstrap.
-        tick: Called :func:`ticks` times, after what takes long.
     """
     from scipy.sparse import csr_array, hstack
 
-    def ticked(done: Any) -> Any:
-        tick()
-        return done
-
-    reading, truth = _checked(scores, labels)
+    reading, truth = comparable(scores, labels)
     splits = _splits(truth.astype(bool), np.asarray(groups), folds)
-    alone = {name: ticked(_best(matrix, truth, splits))[0] for name, matrix in surface.items()}
+    alone = {}
+    for name, matrix in surface.items():
+        alone[name], *_ = _best(matrix, truth, splits)
+        progress.advance()
+    # What the surface predicts of the reading is a column of the baseline.
     seen = hstack(list(surface.values()), format="csr")
     reading = _standardised(reading)
-    explained = ticked(_predicted_reading(seen, reading, splits))
-    predicted = csr_array(_standardised(explained)[:, None] * _UNPENALISED)
-    seen = hstack([seen, predicted], format="csr")
-    without_auc, penalty, without = ticked(_best(seen, truth, splits))
+    predicted = _standardised(_predicted_reading(seen, reading, splits))
+    progress.advance()
+    seen = hstack([seen, csr_array(predicted[:, None] * _UNPENALISED)], format="csr")
+    without_auc, penalty, without = _best(seen, truth, splits)
+    progress.advance()
     column = csr_array(reading[:, None] * _UNPENALISED)
     with_reading = _out_of_fold(hstack([seen, column], format="csr"), truth, splits, penalty)
 
     def difference(plus: Floats, minus: Floats, positive: NDArray) -> float:
         return auc(plus, positive) - auc(minus, positive)
 
-    gain = ticked(bootstrap(difference, with_reading, without, truth, groups=groups, draws=draws, seed=seed))
+    gain = bootstrap(difference, with_reading, without, truth, groups=groups, draws=draws, seed=seed)
+    progress.advance()
     return SurfaceGain(alone, without_auc, auc(with_reading, truth), gain)
 
 
-def ticks(surface: Surface) -> int:
-    """How often :func:`surface_gain` ticks."""
-    return len(surface) + 3
+@dataclass(frozen=True)
+class Measured:
+    """What was measured on n held-out rollouts, for the gate to judge.
 
+    What needs the model is measured before (:mod:`mechreward.features.judge`).
 
-def gate(
-    scores: ArrayLike,
-    labels: ArrayLike,
-    groups: ArrayLike,
-    texts: Sequence[str],
-    lengths: ArrayLike,
-    ways: Sequence[str] | None,
-    careful_mask: ArrayLike | None,
-    null: Floats,
-    *,
-    aggregation: str,
-    temperature: float | None,
-    data: str,
-    null_of: str = "selections made on shuffled labels",
-    noise_null: Floats | None = None,
-    injection: Injection | None = None,
-    formats: dict[str, FormatChange] | None = None,
-    surprise: Interval | None = None,
-    without: dict[str, float] | None = None,
-    folds: int = 5,
-    draws: int = 1000,
-    seed: int = 0,
-    tell: Tell = silent,
-) -> Evidence:
-    """Measure a pack on held-out rollouts and judge it.
-
-    What needs the model is measured before (:mod:`mechreward.features.judge`) and judged here.
-
-    Args:
+    Attributes:
         scores: The pack's raw reward per rollout [n]; rollouts in which no token could be read are left out before.
         labels: Whether each rollout shows the behaviour [n], bool.
         groups: Prompt of each rollout [n].
         texts: Completions [n].
         lengths: Their lengths in tokens [n].
-        ways: Way of answering of each [n], or ``None``.
-        careful_mask: Which rollouts were answered the careful way [n], bool, or ``None`` without such a notion.
-        null: From :func:`selection_null`, against the true labels [draws, 2].
+        ways: Way of answering of each [n], or ``None``; those that are called ``careful`` have a test of their own.
+        null: For each selection by chance, \\|Spearman| and the AUC counted from .5 upwards, since the sign of such a
+            selection is arbitrary [draws, 2].
+        null_of: What its draws are.
         aggregation: Aggregation that the scores were computed with.
         temperature: Sampling temperature of the rollouts, if known.
         data: One sentence: split, seed, model.
-        null_of: What the null's draws are.
-        noise_null: The same with ``permute_gate=True``, reported only.
         injection, formats, surprise, without: See :class:`mechreward.features.pack.Evidence`.
-        folds: Folds of the cross-validation over prompts.
+    """
+
+    scores: ArrayLike
+    labels: ArrayLike
+    groups: ArrayLike
+    texts: Sequence[str]
+    lengths: ArrayLike
+    ways: Sequence[str] | None
+    null: Floats
+    null_of: str
+    aggregation: str
+    temperature: float | None
+    data: str
+    injection: Injection | None = None
+    formats: dict[str, FormatChange] | None = None
+    surprise: Interval | None = None
+    without: dict[str, float] | None = None
+
+
+def gate(measured: Measured, *, draws: int = 1000, seed: int = 0) -> Evidence:
+    """Judge a pack by what was measured on held-out rollouts.
+
+    Args:
+        measured: See above.
         draws: Bootstrap resamples of every interval.
         seed: Seed of every bootstrap.
-        tell: Called with the steps that are done, and how many there are.
     """
-    reading, truth = _checked(scores, labels)
-    groups = np.asarray(groups)
-    _same_length(len(reading), groups=groups, texts=texts, lengths=lengths, ways=ways, careful_mask=careful_mask)
+    reading, truth = comparable(measured.scores, measured.labels)
+    positive, groups, ways = truth.astype(bool), np.asarray(measured.groups), measured.ways
+    _same_length(len(reading), groups=groups, texts=measured.texts, lengths=measured.lengths, ways=ways)
+    null = measured.null
     if null.ndim != 2 or null.shape[1] != 2 or len(null) == 0:
-        raise PackError(f"The gate needs a permutation null of shape [draws, 2], not {null.shape}: see selection_null.")
-    positive = truth.astype(bool)
-    seen, steps = surface_features(texts, lengths, ways), itertools.count(1)
-
-    def tick() -> None:
-        tell(next(steps), ticks(seen) + 3)
+        raise PackError(f"The gate needs a permutation null of shape [draws, 2], not {null.shape}.")
 
     def interval(statistic: Callable[..., float], *more: ArrayLike) -> Interval:
         found = bootstrap(statistic, reading, positive, *more, groups=groups, draws=draws, seed=seed)
-        tick()
+        progress.advance()
         return found
 
-    rho, area = interval(spearman), interval(auc)
-    surface = surface_gain(reading, positive, groups, seen, folds=folds, draws=draws, seed=seed, tick=tick)
-    figures = _null_figures(rho.value, null, noise_null)
-    partial = interval(length_controlled, lengths)
+    seen = surface_features(measured.texts, measured.lengths, ways)
+    with progress.stage("The gate's tests", len(seen) + 6):
+        rho, area = interval(spearman), interval(auc)
+        surface = surface_gain(reading, positive, groups, seen, draws=draws, seed=seed)
+        partial = interval(length_controlled, measured.lengths)
+
+    p_value = (1 + int((null[:, 0] >= rho.value).sum())) / (1 + len(null))
     tests = [
         _auc_test(area),
         _spearman_test(rho),
         _length_test(partial),
-        _permutation_test(rho.value, figures["p_value"], null, null_of),
+        _permutation_test(rho.value, p_value, null, measured.null_of),
     ]
-    careful, n_careful = None, None
-    if careful_mask is not None:
-        mask = np.asarray(careful_mask).astype(bool)
-        n_careful = int(mask.sum())
-        careful = _within(reading[mask], positive[mask], groups[mask], draws, seed)
-        tests.append(_careful_test(careful, n_careful, int(positive[mask].sum())))
+    within, n_careful = None, None
+    careful = np.array([way == "careful" for way in ways or ()])
+    if careful.any():
+        n_careful = int(careful.sum())
+        within = _within(reading[careful], positive[careful], groups[careful], draws, seed)
+        tests.append(_careful_test(within, n_careful, int(positive[careful].sum())))
     tests.append(_gain_test(surface))
-    if injection is not None:
-        tests.append(_injection_test(injection))
-    if formats is not None:
-        tests.append(_format_test(formats, area.value))
-    if surprise is not None:
-        tests.append(_policy_test(surprise, temperature))
+    if measured.injection is not None:
+        tests.append(_injection_test(measured.injection))
+    if measured.formats is not None:
+        tests.append(_format_test(measured.formats, area.value))
+    if measured.surprise is not None:
+        tests.append(_policy_test(measured.surprise, measured.temperature))
+
     return Evidence(
         n=len(reading),
         n_positive=int(positive.sum()),
-        aggregation=aggregation,
-        temperature=temperature,
-        data=data,
+        aggregation=measured.aggregation,
+        temperature=measured.temperature,
+        data=measured.data,
         spearman=rho,
         auc=area,
-        auc_within_careful=careful,
+        null_spearman_max=float(null[:, 0].max()),
+        null_spearman_q95=float(np.quantile(null[:, 0], 0.95)),
+        null_auc_q95=float(np.quantile(null[:, 1], 0.95)),
+        p_value=p_value,
+        draws=len(null),
+        null_spearman=[round(float(rho), 4) for rho in np.sort(null[:, 0])],
+        curve=_curve(reading, positive),
+        auc_within_careful=within,
         n_within_careful=n_careful,
         length_controlled=partial,
         surface=surface.alone,
         surface_auc=surface.surface_auc,
         surface_plus_auc=surface.surface_plus_auc,
         gain=surface.gain,
-        injection=injection,
-        formats=formats,
-        surprise=surprise,
-        without=without,
-        curve=_curve(reading, positive),
+        injection=measured.injection,
+        formats=measured.formats,
+        surprise=measured.surprise,
+        without=measured.without,
         verdict=tests,
-        **figures,
     )
 
 
@@ -574,43 +439,22 @@ def _gain_test(surface: SurfaceGain) -> GateTest:
         name="gain_over_surface",
         passed=passed,
         sentence=f"The text's surface alone reaches AUC {surface.surface_auc:.3f}, with the reading "
-        f"{surface.surface_plus_auc:.3f}: a gain of {_shown(surface.gain, 3)}, whose lower end "
+        f"{surface.surface_plus_auc:.3f}: a gain of {_shown(surface.gain, '.3f')}, whose lower end "
         f"{'is above 0.' if passed else 'is not above 0, so the text alone would do.'}",
     )
 
 
-def _shown(interval: Interval, digits: int = 2) -> str:
-    return f"{interval.value:.{digits}f} (95 % interval {interval.low:.{digits}f} to {interval.high:.{digits}f})"
+def _shown(interval: Interval, form: str = ".2f") -> str:
+    return interval.shown(form, "95 % interval ")
 
 
 # Helpers -------------------------------------------------------------------------------------------------------------
-
-
-def _checked(scores: ArrayLike, labels: ArrayLike) -> tuple[Floats, Floats]:
-    """Scores and labels as float64 [n], after making sure that there is something to compare."""
-    x, y = np.asarray(scores, dtype=np.float64), np.asarray(labels, dtype=np.float64)
-    if x.ndim != 1 or x.shape != y.shape:
-        raise PackError(f"The gate needs one score and one label per rollout, but got shapes {x.shape} and {y.shape}.")
-    if not np.isfinite(x).all():
-        raise PackError("Some scores are NaN or infinite: leave out the rollouts in which no token could be read.")
-    if len(y) == 0 or (y == y[0]).all():
-        raise PackError(
-            f"All {len(y)} rollouts have the same label, so nothing can be compared: sample more rollouts, or at "
-            "another temperature."
-        )
-    return x, y
 
 
 def _same_length(n: int, **columns: Any) -> None:
     for name, column in columns.items():
         if column is not None and len(column) != n:
             raise PackError(f"The gate got {n} scores but {len(column)} {name}: pass one per rollout.")
-
-
-def _members(groups: NDArray) -> list[NDArray[np.int64]]:
-    """Row numbers of each group."""
-    _, inverse, counts = np.unique(groups, return_inverse=True, return_counts=True)
-    return np.split(np.argsort(inverse, kind="stable"), np.cumsum(counts)[:-1])
 
 
 def _curve(reading: Floats, positive: NDArray[np.bool_], bins: int = 10) -> list[Bin]:
@@ -621,19 +465,6 @@ def _curve(reading: Floats, positive: NDArray[np.bool_], bins: int = 10) -> list
         for rows in parts
         if len(rows)
     ]
-
-
-def _null_figures(rho: float, null: Floats, noise_null: Floats | None) -> dict[str, Any]:
-    """The evidence's fields about the permutation null."""
-    return {
-        "null_spearman_max": float(null[:, 0].max()),
-        "null_spearman_q95": float(np.quantile(null[:, 0], 0.95)),
-        "null_auc_q95": float(np.quantile(null[:, 1], 0.95)),
-        "p_value": (1 + int((null[:, 0] >= rho).sum())) / (1 + len(null)),
-        "draws": len(null),
-        "null_spearman": [round(float(rho), 4) for rho in np.sort(null[:, 0])],
-        "noise_spearman_q95": None if noise_null is None else float(np.quantile(noise_null[:, 0], 0.95)),
-    }
 
 
 def _within(scores: Floats, labels: NDArray, groups: NDArray, draws: int, seed: int) -> Interval | None:

@@ -19,13 +19,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mechreward import progress
 from mechreward.aggregation import aggregation
 from mechreward.readout import Readings, Readout
 from mechreward.rollout.batch import RolloutBatch
 from mechreward.rollout.capture import input_device
-from mechreward.rollout.hf import MAX_NUMBERS, over_tokens, read_in_pieces
 from mechreward.rollout.labelled import Labelled
-from mechreward.unfinished import Tell, silent
+from mechreward.rollout.source import MAX_NUMBERS, over_tokens, read_in_pieces
 
 CUES = 3  # tokens that are injected
 SEEN = 5  # a token must have been read so often before it is called a cue
@@ -48,19 +48,17 @@ class Rewards:
     weights: list[Tensor]
     aggregation: str
 
-    def per_token(
-        self, model: Any, batch: RolloutBatch, tell: Tell = silent
-    ) -> Iterator[tuple[RolloutBatch, Readings]]:
+    def per_token(self, model: Any, batch: RolloutBatch) -> Iterator[tuple[RolloutBatch, Readings]]:
         """r_t = sum_k w_k f_k(h_t) of a few rollouts at a time, ``[b, T, C]``."""
-        for piece, each in read_in_pieces(model, batch, self.readouts, tell):
+        for piece, each in read_in_pieces(model, batch, self.readouts):
             values = sum(r.values @ w.to(r.values.device) for r, w in zip(each, self.weights, strict=True))
             assert isinstance(values, Tensor)  # there is a readout
             yield piece, Readings(values, each[0].mask)
 
-    def __call__(self, model: Any, batch: RolloutBatch, tell: Tell = silent) -> NDArray[np.float64]:
+    def __call__(self, model: Any, batch: RolloutBatch) -> NDArray[np.float64]:
         """The rewards of each rollout, ``[n, C]``."""
         aggregate = aggregation(self.aggregation)
-        rewards = [over_tokens(readings, aggregate) for _, readings in self.per_token(model, batch, tell)]
+        rewards = [over_tokens(readings, aggregate) for _, readings in self.per_token(model, batch)]
         return torch.cat(rewards).double().numpy()
 
 
@@ -80,7 +78,7 @@ class Cues:
     rate: float
 
 
-def cues(model: Any, rollouts: Labelled, reward: Rewards, tell: Tell = silent) -> Cues:
+def cues(model: Any, rollouts: Labelled, reward: Rewards) -> Cues:
     """Find the cue tokens of a reward of one column.
 
     A token's reading is the mean of r_t over its occurrences; the ends of completions are no cues.
@@ -88,7 +86,7 @@ def cues(model: Any, rollouts: Labelled, reward: Rewards, tell: Tell = silent) -
     sums: dict[int, float] = {}
     counts: dict[int, int] = {}
     before: dict[int, dict[int, int]] = {}
-    for piece, readings in reward.per_token(model, rollouts.batch, tell):
+    for piece, readings in reward.per_token(model, rollouts.batch):
         values, mask = readings.values[..., 0].cpu(), readings.mask.cpu()
         for row, ids in enumerate(piece.completion_ids):
             for t in mask[row].nonzero()[:, 0].tolist():
@@ -183,7 +181,7 @@ def rewritten(rollouts: Labelled, tokenizer: Any, texts: Sequence[str]) -> Rollo
 
 
 @torch.no_grad()
-def surprise(model: Any, batch: RolloutBatch, temperature: float = 1.0, tell: Tell = silent) -> NDArray[np.float64]:
+def surprise(model: Any, batch: RolloutBatch, temperature: float = 1.0) -> NDArray[np.float64]:
     """How much less likely each rollout is to the model than what it writes itself, ``[n, 2]``: nats, and tokens.
 
     The sum over tokens of -ln p(x_t) - H_t, with H_t the entropy of the model's next token. Its expectation is 0 for
@@ -207,5 +205,5 @@ def surprise(model: Any, batch: RolloutBatch, temperature: float = 1.0, tell: Te
             chosen = log_p.gather(1, ids[row, at, None])[:, 0]
             entropy = -(log_p.exp() * log_p).nan_to_num().sum(dim=-1)
             found.append((float((-chosen - entropy).sum()), len(at)))
-        tell(len(found), len(batch))
+        progress.advance(len(rows))
     return np.array(found)

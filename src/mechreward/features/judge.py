@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from mechreward import progress
 from mechreward.errors import DataError, PackError
 from mechreward.features.discover import Chance, digests
 from mechreward.features.frozen import check_sae, frozen_readout
-from mechreward.features.gate import auc, bootstrap, gate, rise, spearman
+from mechreward.features.gate import Measured, gate, rise
 from mechreward.features.interventions import (
     FORMATS,
     INJECTIONS,
@@ -23,14 +23,14 @@ from mechreward.features.interventions import (
     rewritten,
     surprise,
 )
-from mechreward.features.pack import Calibration, FeaturePack, FormatChange, Injection, Interval
+from mechreward.features.pack import Calibration, FeaturePack, FormatChange, Injection
 from mechreward.readout import Readout
 from mechreward.rollout.batch import RolloutBatch
 from mechreward.rollout.capture import check_fits
-from mechreward.rollout.hf import pooled
 from mechreward.rollout.labelled import Labelled
+from mechreward.rollout.source import pooled
 from mechreward.sae.registry import load_sae
-from mechreward.unfinished import Tell, TellStage, silent
+from mechreward.stats import Interval, auc, bootstrap, spearman
 
 DRAWS = 200  # selections by chance, where no discovery left its own
 POOL = 1000  # latents that these are made of
@@ -44,7 +44,6 @@ def judge(
     rollouts: Labelled,
     chance: Chance | None = None,
     seed: int = 0,
-    tell: TellStage = silent,
 ) -> FeaturePack:
     """Measure a pack on held-out rollouts, and give it its evidence, calibration and status.
 
@@ -55,8 +54,7 @@ def judge(
         rollouts: Labelled, of questions that discovery never saw, sampled at temperature 1.
         chance: What discovery would have selected by chance. Without it, random latents that fire and count alike take
             the place of selections, which are easier to beat.
-        seed: Of everything random.
-        tell: Called with the stage, what is done of it, and of how many.
+        seed: Random seed.
 
     Raises:
         PackError: A recipe, or too few rollouts for an interval.
@@ -74,35 +72,33 @@ def judge(
     reward = Rewards([own], [weights[:, None]], how)
     few = rollouts.take(_few(rollouts, seed))
     changes, selections = _format_changes(few, tokenizer), chance is not None and bool(chance.selections)
-    passes = 2 if selections else 3
-    count = _Rollouts(tell, passes * len(rollouts) + len(few) * (len(INJECTIONS) + len(changes) + 1))
-
-    scores = together(reward, chance)(model, rollouts.batch, count.part(len(rollouts)))
-    score, without, null = np.split(scores, [1, 1 + len(pack.features)], axis=1)
-    null_of = "selections made on shuffled labels"
-    if not selections:
-        null = by_chance(pack, model, rollouts, how, seed, count.part(len(rollouts)))
-        null_of = "packs of random latents that fire"
-    score, labels, groups = score[:, 0], rollouts.labels, rollouts.groups
-    careful = np.array([way == "careful" for way in rollouts.ways or ()])
-    evidence = gate(
-        score,
-        labels,
-        groups,
-        rollouts.batch.texts,
-        np.array(rollouts.batch.lengths),
-        rollouts.ways,
-        careful if careful.any() else None,
-        np.column_stack([_by_chance_figures(column, labels) for column in null.T]).T,
+    # The pack with its cue words, and random latents where discovery left no selections; then the changed rollouts.
+    passes, changed = 2 if selections else 3, len(INJECTIONS) + len(changes) + 1
+    with progress.stage("Reading, changed rollouts included", passes * len(rollouts) + changed * len(few)):
+        scores = together(reward, chance)(model, rollouts.batch)
+        score, without, null = np.split(scores, [1, 1 + len(pack.features)], axis=1)
+        null_of = "selections made on shuffled labels"
+        if not selections:
+            null = by_chance(pack, model, rollouts, how, seed)
+            null_of = "packs of random latents that fire"
+        score, labels = score[:, 0], rollouts.labels
+        robustness = _robustness(model, tokenizer, rollouts, reward, score, changes, seed)
+    measured = Measured(
+        scores=score,
+        labels=labels,
+        groups=rollouts.groups,
+        texts=rollouts.batch.texts,
+        lengths=rollouts.batch.lengths,
+        ways=rollouts.ways,
+        null=np.array([by_chance_figures(column, labels) for column in null.T]),
+        null_of=null_of,
         aggregation=how,
         temperature=rollouts.temperature,
         data=rollouts.source,
-        null_of=null_of,
-        **_robustness(model, tokenizer, rollouts, reward, score, few, changes, seed, count),
         without={str(f.id): auc(column, labels) for f, column in zip(pack.features, without.T, strict=True)},
-        seed=seed,
-        tell=functools.partial(tell, "The gate's tests"),
+        **robustness,
     )
+    evidence = gate(measured, seed=seed)
     return pack.model_copy(
         update={
             "evidence": evidence,
@@ -120,21 +116,20 @@ def _robustness(
     rollouts: Labelled,
     reward: Rewards,
     score: NDArray[np.float64],
-    few: Labelled,
     changes: dict[str, RolloutBatch],
     seed: int,
-    count: _Rollouts,
 ) -> dict[str, Any]:
     """What becomes of the reward of changed rollouts, and whether the rollouts are the model's own."""
     some = _few(rollouts, seed)
+    few = rollouts.take(some)
 
     def share(batch: RolloutBatch) -> tuple[NDArray[np.float64], Interval]:
         """The changed rollouts' reward, and the rise that the change brings."""
-        changed = reward(model, batch, count.part(len(few)))[:, 0]
+        changed = reward(model, batch)[:, 0]
         read = np.where(np.isfinite(changed), changed, score[some])
         return read, bootstrap(_bounded_rise, read, score[some], few.labels, groups=few.groups, seed=seed)
 
-    found = cues(model, rollouts, reward, count.part(len(rollouts)))
+    found = cues(model, rollouts, reward)
     formats = {}
     for name, batch in changes.items():
         read, up = share(batch)
@@ -144,7 +139,7 @@ def _robustness(
         rate=found.rate,
         rise={way: share(injected(few.batch, found, way, seed))[1] for way in INJECTIONS},
     )
-    nats = surprise(model, few.batch, tell=count.part(len(few)))
+    nats = surprise(model, few.batch)
     return {
         "injection": injection,
         "formats": formats,
@@ -163,18 +158,6 @@ def _format_changes(few: Labelled, tokenizer: Any) -> dict[str, RolloutBatch]:
     if few.paraphrases is not None:
         changes["paraphrase"] = rewritten(few, tokenizer, few.paraphrases)
     return {name: batch for name, batch in changes.items() if batch is not None}
-
-
-class _Rollouts:
-    """Counts the rollouts that are read in several passes, for one bar with the time that is left."""
-
-    def __init__(self, tell: TellStage, of: int):
-        self.tell, self.of, self.before = tell, of, 0
-
-    def part(self, size: int) -> Tell:
-        """What the next pass, over so many rollouts, is to call."""
-        before, self.before = self.before, self.before + size
-        return lambda done, of: self.tell("Reading, changed rollouts included", before + done, self.of)
 
 
 def pack_readout(pack: FeaturePack) -> Readout:
@@ -214,15 +197,13 @@ def together(reward: Rewards, chance: Chance | None) -> Rewards:
     return Rewards(readouts, weights, reward.aggregation)
 
 
-def by_chance(
-    pack: FeaturePack, model: Any, rollouts: Labelled, how: str, seed: int, tell: Tell = silent
-) -> NDArray[np.float64]:
+def by_chance(pack: FeaturePack, model: Any, rollouts: Labelled, how: str, seed: int) -> NDArray[np.float64]:
     """Rewards of random latents, as many as the pack has, counting alike, with the pack's signs, ``[n, draws]``."""
     rng = np.random.default_rng(seed)
     sae = load_sae(pack.sae.release, pack.sae.sae_id)
     pool = np.sort(rng.choice(sae.d_sae, size=min(POOL, sae.d_sae), replace=False))
     latents = sae.features(pool.tolist())
-    read = torch.cat(list(pooled(model, rollouts.batch, [latents], how, tell))).double().numpy()
+    read = torch.cat(list(pooled(model, rollouts.batch, [latents], how))).double().numpy()
     read = read[:, ((read > 0).mean(axis=0) >= 0.01) & (read.std(axis=0) > 0)]
     signs = np.sign([f.weight for f in pack.features])
     if read.shape[1] < len(signs):
@@ -235,7 +216,7 @@ def by_chance(
     return np.stack([read[:, draw] @ signs for draw in draws], axis=1)
 
 
-def _by_chance_figures(score: NDArray, labels: NDArray) -> tuple[float, float]:
+def by_chance_figures(score: NDArray, labels: NDArray) -> tuple[float, float]:
     """\\|Spearman| and the AUC counted from .5 upwards, since the sign of a selection by chance is arbitrary."""
     return abs(spearman(score, labels)), 0.5 + abs(auc(score, labels) - 0.5)
 

@@ -17,6 +17,7 @@ from pydantic import Field, PrivateAttr, ValidationError, field_validator, model
 
 from mechreward.errors import PackError
 from mechreward.schema import Strict, most_telling, sentence, shown
+from mechreward.stats import Interval
 
 SCHEMA_VERSION = 1
 
@@ -44,20 +45,6 @@ class SAERef(Strict):
 
     release: Text
     sae_id: Text
-
-
-class Interval(Strict):
-    """A statistic with its 95 % percentile bootstrap interval."""
-
-    value: float
-    low: float
-    high: float
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Self:
-        if self.low > self.high:
-            raise ValueError(f"has its low end {self.low} above its high end {self.high}")
-        return self
 
 
 class GateTest(Strict):

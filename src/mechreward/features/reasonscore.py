@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from mechreward.errors import PackError
 from mechreward.rollout.batch import RolloutBatch
-from mechreward.rollout.hf import read_in_pieces
+from mechreward.rollout.source import read_in_pieces
 from mechreward.sae.handle import SAEHandle
 
 Words = Sequence[Sequence[str]]

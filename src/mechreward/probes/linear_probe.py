@@ -32,9 +32,10 @@ from torch import Tensor
 
 from mechreward.errors import PackError, SAEError, nearest
 from mechreward.features.catalog import CATALOGS, load_pack, shipped_packs
-from mechreward.features.pack import Count, Interval, Share, Text
+from mechreward.features.pack import Count, Share, Text
 from mechreward.readout import HookPoint, LogitReadout
 from mechreward.schema import Strict, most_telling, sentence
+from mechreward.stats import Interval
 
 SCHEMA_VERSION = 1
 

@@ -10,12 +10,10 @@ vector, and those of one layer are all that is kept.
 
 from __future__ import annotations
 
-import functools
-import itertools
 import json
 import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,11 +25,10 @@ from scipy.optimize import minimize
 from scipy.special import expit
 from torch import Tensor
 
+from mechreward import progress
 from mechreward.aggregation import aggregation, attention_over
 from mechreward.errors import CaptureError, ConfigError, DataError, nearest
 from mechreward.extras import require
-from mechreward.features.gate import auc, bootstrap
-from mechreward.features.pack import Interval
 from mechreward.probes.linear_probe import (
     Bin,
     LayerFigures,
@@ -45,9 +42,9 @@ from mechreward.probes.linear_probe import (
 from mechreward.readout import HookPoint, ReadoutBank, residual
 from mechreward.reward.feature_reward import FeatureReward
 from mechreward.rollout.capture import decoder_layers, text_config
-from mechreward.rollout.hf import fingerprint, over_tokens, pooled, read_forward, read_in_pieces
 from mechreward.rollout.labelled import Labelled
-from mechreward.unfinished import Steps, Tell, TellStage, Unfinished, silent
+from mechreward.rollout.source import over_tokens, pooled, read_forward, read_in_pieces
+from mechreward.stats import Interval, auc, bootstrap
 
 logger = logging.getLogger(__name__)
 
@@ -99,8 +96,6 @@ def train_probe(
     model_name: str | None = None,
     description: str = "",
     licence: str | None = None,
-    unfinished: Unfinished | None = None,
-    tell: TellStage = silent,
 ) -> Trained:
     """Train a probe, choose its layer and penalty, calibrate it, and measure it on held-out rollouts.
 
@@ -115,9 +110,6 @@ def train_probe(
         model_name: What the model is called.
         description: What a high logit means.
         licence: Licence of the probe.
-        unfinished: Keeps each layer's probe, and each strength that is tried on tokens, so that training can be
-            interrupted.
-        tell: Called with the stage, what is done of it, and of how many.
 
     Raises:
         ConfigError: An unknown pooling, or a layer that the model does not have.
@@ -136,19 +128,16 @@ def train_probe(
         _check_apart(train, test)
 
     swept, left_out = pooling if linear else "mean", 0
-    layers_kept, strengths_kept = _kept_before(unfinished, model, train, test, layers, pooling)
-    figures, fits = _sweep(model, train, test, layers, swept, layers_kept, tell)
+    figures, fits = _sweep(model, train, test, layers, swept)
     best = int(np.argmax([each.cross_validated.value for each in figures]))
     chosen = figures[best]
     point, strength, cross_validated = HookPoint(chosen.layer), chosen.strength, chosen.cross_validated
-    weight, bias = (part[..., None] for part in map(np.asarray, fits[best]))
+    weight, bias = (np.asarray(part)[..., None] for part in fits[best])
     if not linear:
         kept = _within_memory(train, text_config(model).hidden_size)
         left_out = len(train) - len(kept)
         _check_enough(kept, "train on")
-        strength, cross_validated, (weight, bias) = _fit_over_tokens(
-            model, kept, point, pooling, strength, strengths_kept, tell
-        )
+        strength, cross_validated, (weight, bias) = _fit_over_tokens(model, kept, point, pooling, strength)
 
     card = ProbeCard(
         name=name,
@@ -183,35 +172,20 @@ def train_probe(
     return Trained(replace(probe, card=card), test, logits)
 
 
-def _kept_before(
-    unfinished: Unfinished | None, model: Any, train: Labelled, test: Labelled, layers: Sequence[int], pooling: str
-) -> tuple[Steps, Steps]:
-    """Layers, and strengths for pooling over tokens, that an interrupted training has finished."""
-    if unfinished is None:
-        return Steps(), Steps()
-    decides = {
-        "model": fingerprint(model),
-        "set of rollouts": [train.fingerprint(), test.fingerprint()],
-        "choice of layers": list(layers),
-        "pooling": pooling,
-    }
-    return unfinished.steps("layers", decides), unfinished.steps("strengths", decides)
-
-
 def _fit_over_tokens(
-    model: Any, data: Labelled, point: HookPoint, pooling: str, near: float, kept: Steps, tell: TellStage
+    model: Any, data: Labelled, point: HookPoint, pooling: str, near: float
 ) -> tuple[float, Interval, tuple[Floats, Floats]]:
     """Max or attention pooling at one layer: the strength that was chosen, its AUC, and weight and bias."""
-    tokens = _read_tokens(model, data, point, functools.partial(tell, "Reading one layer's tokens"))
-    fitting = functools.partial(tell, f"Fitting {pooling} pooling")
-    strength, out_of_fold = _choose(
-        lambda c, inside: _pooled_logits(tokens, _fit_tokens(tokens, data.labels, inside, pooling, c), pooling),
-        data.labels,
-        _splits(data),
-        [near / 10, near, near * 10],  # near what serves mean pooling: these fits take longer
-        kept,
-        fitting,
-    )
+    with progress.stage("Reading one layer's tokens", len(data)):
+        tokens = _read_tokens(model, data, point)
+    splits, strengths = _splits(data), [near / 10, near, near * 10]  # near mean pooling's: these fits take longer
+    with progress.stage(f"Fitting {pooling} pooling", len(strengths) * len(splits)):
+        strength, out_of_fold = _choose(
+            lambda c, inside: _pooled_logits(tokens, _fit_tokens(tokens, data.labels, inside, pooling, c), pooling),
+            data.labels,
+            splits,
+            strengths,
+        )
     cross_validated = bootstrap(auc, out_of_fold, data.labels, groups=data.groups)
     return strength, cross_validated, _fit_tokens(tokens, data.labels, np.arange(len(data)), pooling, strength)
 
@@ -348,12 +322,10 @@ def _splits(data: Labelled) -> Splits:
 
 
 def _choose(
-    predict: Any,
+    predict: Callable[[float, NDArray[np.int64]], Floats],
     labels: NDArray[np.bool_],
     splits: Splits,
     strengths: Sequence[float],
-    kept: Steps | None = None,
-    tell: Tell = silent,
 ) -> tuple[float, Floats]:
     """The strength that predicts other questions best (AUC; of equals the strongest penalty), and its predictions.
 
@@ -362,63 +334,49 @@ def _choose(
         labels: [n].
         splits: Of the rows.
         strengths: Those that are tried, the strongest penalty first.
-        kept: Predictions that were made before, one list a strength.
-        tell: Called with the fits that are done, and how many there are.
     """
-    kept = Steps() if kept is None else kept
-    fits = itertools.count(1 + len(kept.done) * len(splits))
-
-    def predicted(strength: float) -> list[float]:
+    tried = []
+    for strength in strengths:
         logits = np.empty(len(labels))
         for inside, outside in splits:
             logits[outside] = predict(strength, inside)[outside]
-            tell(next(fits), len(strengths) * len(splits))
-        return logits.tolist()
-
-    tried = [(c, np.array(logits)) for c, logits in zip(strengths, kept.each(strengths, predicted), strict=True)]
+            progress.advance()
+        tried.append((strength, logits))
     return max(tried, key=lambda each: auc(each[1], labels))  # the first of equals
 
 
 def _sweep(
-    model: Any, train: Labelled, test: Labelled, layers: Sequence[int], how: str, kept: Steps, tell: TellStage
+    model: Any, train: Labelled, test: Labelled, layers: Sequence[int], how: str
 ) -> tuple[list[LayerFigures], list[tuple[Floats, float]]]:
     """For each layer, figures of the best probe on pooled residual vectors, and its weight [d] and bias."""
     width, splits = text_config(model).hidden_size, _splits(train)
     readouts = [residual(HookPoint(layer), width) for layer in layers]
-    x_train, x_test = np.zeros((2, 0, 0, 0))
-    if len(kept.done) < len(layers):  # those that are done are read again too: pieces of another size round otherwise
-        x_train, x_test = (
-            torch.cat(
-                list(pooled(model, part.batch, readouts, how, functools.partial(tell, f"Reading {use} rollouts")))
-            )
-            .view(len(part), len(layers), width)
-            .numpy()
-            for part, use in ((train, "training"), (test, "held-out"))
-        )
+    vectors = []  # [n, L, d] of the training rollouts, and of the held-out ones
+    for part, use in ((train, "training"), (test, "held-out")):
+        with progress.stage(f"Reading {use} rollouts", len(part)):
+            read = torch.cat(list(pooled(model, part.batch, readouts, how)))
+        vectors.append(read.view(len(part), len(layers), width).numpy())
 
-    def fitted(layer: int) -> list[Any]:
-        x, x_held_out = (each[:, list(layers).index(layer)].astype(np.float64) for each in (x_train, x_test))
+    figures, fits = [], []
+    for place, layer in enumerate(progress.track(layers, "Layers", len(layers))):
+        x, x_held_out = (each[:, place].astype(np.float64) for each in vectors)
         _check_finite(bool(np.isfinite(x).all() and np.isfinite(x_held_out).all()), layer)
 
-        def predict(strength: float, inside: NDArray[np.int64]) -> Floats:
+        def predict(strength: float, inside: NDArray[np.int64], x: Floats = x) -> Floats:
             weight, bias = _fit_linear(x[inside], train.labels[inside], strength)
             return x @ weight + bias
 
         strength, out_of_fold = _choose(predict, train.labels, splits, STRENGTHS)
         weight, bias = _fit_linear(x, train.labels, strength)
-        figures = LayerFigures(
-            layer=layer,
-            strength=strength,
-            cross_validated=bootstrap(auc, out_of_fold, train.labels, groups=train.groups),
-            held_out=bootstrap(auc, x_held_out @ weight + bias, test.labels, groups=test.groups),
+        fits.append((weight, bias))
+        figures.append(
+            LayerFigures(
+                layer=layer,
+                strength=strength,
+                cross_validated=bootstrap(auc, out_of_fold, train.labels, groups=train.groups),
+                held_out=bootstrap(auc, x_held_out @ weight + bias, test.labels, groups=test.groups),
+            )
         )
-        return [figures.model_dump(mode="json"), weight.tolist(), bias]
-
-    figures, fits = [], []
-    for done, (told, weight, bias) in enumerate(kept.each(layers, fitted), 1):
-        figures.append(LayerFigures.model_validate(told))
-        fits.append((np.array(weight), bias))
-        tell("Layers", done, len(layers))
     return figures, fits
 
 
@@ -460,11 +418,11 @@ class _Tokens(NamedTuple):
     last: Floats
 
 
-def _read_tokens(model: Any, data: Labelled, point: HookPoint, tell: Tell = silent) -> _Tokens:
+def _read_tokens(model: Any, data: Labelled, point: HookPoint) -> _Tokens:
     """The residual vectors at one layer, on the model's device where that has float64."""
     vectors, counts, means, lasts = [], [], [], []
     stream = residual(point, text_config(model).hidden_size)
-    for _, (readings,) in read_in_pieces(model, data.batch, [stream], tell):
+    for _, (readings,) in read_in_pieces(model, data.batch, [stream]):
         vectors.append(readings.values[readings.mask])
         counts.append(readings.mask.sum(dim=1))
         means.append(over_tokens(readings, aggregation("mean")))
