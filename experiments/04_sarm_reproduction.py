@@ -8,7 +8,7 @@ experiments/results/<name>.{json,md}. What is finished is not done again: the sa
 interrupted.
 """
 
-from mechreward.experiments.sarm import main
+from sarm.cells import main
 
 if __name__ == "__main__":
     main(__doc__ or "")

@@ -6,7 +6,7 @@ Attack 4 of the red team trains on the features alone, without KL; attack 5 subt
 the probe see. ``experiments/hacking_report.py`` makes the table and the plots, and adds attack 2, best-of-N.
 """
 
-from mechreward.experiments.hacking import HackingConfig, outfit
+from hacking.defences import HackingConfig, outfit
 from mechreward.experiments.runner import main
 
 

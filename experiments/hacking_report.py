@@ -12,10 +12,10 @@ import sys
 import warnings
 from pathlib import Path
 
+from hacking import page, results
+from hacking.defences import HackingConfig
 from mechreward.errors import CandidateWarning, MechRewardError
-from mechreward.experiments import hacking_page, hacking_results
 from mechreward.experiments.config import read_config
-from mechreward.experiments.hacking import HackingConfig
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -25,14 +25,14 @@ if __name__ == "__main__":
     options = parser.parse_args()
     warnings.simplefilter("ignore", CandidateWarning)
     try:
-        report = hacking_results.report(read_config(options.config, HackingConfig))
+        report = results.report(read_config(options.config, HackingConfig))
     except MechRewardError as error:
         if options.debug:
             raise
         sys.exit(f"Error: {error}")
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "hacking.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    (options.out / "hacking.md").write_text(hacking_page.markdown(report), encoding="utf-8")
-    hacking_page.draw(report, options.out)
-    print(hacking_page.markdown(report))
+    (options.out / "hacking.md").write_text(page.markdown(report), encoding="utf-8")
+    page.draw(report, options.out)
+    print(page.markdown(report))
     print(f"Written: {options.out}/hacking.md, .json, hacking-*.png")

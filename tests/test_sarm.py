@@ -21,17 +21,18 @@ from hypothesis import strategies as st
 from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from mechreward import verifiers
-from mechreward.baselines import sarm
-from mechreward.baselines.preferences import Preference, preference, read_preferences, write_preferences
-from mechreward.baselines.sarm import Recipe, Sarm, SarmReward, SarmSettings, Tokens, TopKSAE, z_score
 from mechreward.errors import ConfigError, DataError, ModelMismatchError, SAEError
-from mechreward.experiments import results, sarm_results
-from mechreward.experiments import sarm as sarm_experiment
+from mechreward.experiments import results
 from mechreward.experiments.config import read_config
-from mechreward.experiments.sarm import SarmConfig
 from mechreward.pocket.questions import OTHER_WORDING, WORDING, questions, reasoning_question
 from mechreward.rollout.capture import decoder_layers
 from mechreward.rollout.hf import load_model
+from sarm import cells
+from sarm import model as sarm
+from sarm import results as sarm_results
+from sarm.cells import PairSet, SarmConfig
+from sarm.model import Recipe, Sarm, SarmReward, SarmSettings, Tokens, TopKSAE, z_score
+from sarm.preferences import Preference, preference, read_preferences, write_preferences
 
 D, N, K = 16, 40, 5
 SIZES = {"hidden_size": D, "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -809,7 +810,7 @@ def test_longer_and_otherwise_worded_problems_are_problems(seed, other):
     assert question.prompt.startswith("Question: How many") == other
 
 
-class FromPairs(sarm_experiment.Workshop):
+class FromPairs(cells.Workshop):
     """A workshop whose pairs are given: longer answers are preferred, whatever they say."""
 
     @functools.cached_property
@@ -818,7 +819,7 @@ class FromPairs(sarm_experiment.Workshop):
         made = {}
         for name, first in (("train", 0), ("in distribution", 40)):
             pairs = [Preference(f"Question {n // 2}:", f" {n} {n} {n}", f" {n}") for n in range(first, first + 30)]
-            made[name] = sarm_experiment.PairSet.of(pairs, tokenizer, 100)
+            made[name] = PairSet.of(pairs, tokenizer, 100)
         return made
 
 
@@ -828,7 +829,7 @@ def test_cells_are_made_once_and_measured_by_prompt(tmp_path):
     shop = FromPairs(config, said.append)
     for cell in config.cells:
         for seed in config.seeds:
-            folder = sarm_experiment.make_cell(shop, cell, seed)
+            folder = cells.make_cell(shop, cell, seed)
             assert (folder / "sarm.safetensors").exists() == (cell not in ("features", "length"))
     result = json.loads((tmp_path / "models/length/seed-0/result.json").read_text())
     assert result["sets"]["in distribution"]["correct"] == [1.0] * 15  # longer is better, as it learnt
@@ -841,7 +842,7 @@ def test_cells_are_made_once_and_measured_by_prompt(tmp_path):
     again = json.loads((tmp_path / "models/sarm/seed-1/result.json").read_text())
     assert again["sets"]["in distribution"]["correct"] == pytest.approx(right)
     count = len(said)
-    sarm_experiment.make_cell(shop, "dense", 0)
+    cells.make_cell(shop, "dense", 0)
     assert len(said) == count
 
     found = sarm_results.report(config)
@@ -866,10 +867,10 @@ def test_cells_are_made_once_and_measured_by_prompt(tmp_path):
 
     other = read_config(tiny_config(tmp_path, ("  k: 4", "  k: 5")), SarmConfig)
     with pytest.raises(ConfigError, match=r"reward_model.k is 4 there and 5 here"):
-        sarm_experiment.make_cell(FromPairs(other, said.append), "dense", 0)
+        cells.make_cell(FromPairs(other, said.append), "dense", 0)
     with pytest.raises(ConfigError, match="There is no reward model"):
         missing = config.model_copy(update={"output": str(tmp_path / "elsewhere")})
-        sarm_experiment.outfit(missing)(config.grpo, "sarm", 0, tmp_path)
+        cells.outfit(missing)(config.grpo, "sarm", 0, tmp_path)
 
 
 def test_an_autoencoder_is_pretrained_on_what_it_says(tmp_path):
@@ -895,16 +896,16 @@ def test_the_share_of_the_top_latents_by_hand(tmp_path):
         model.head.weight.copy_(torch.tensor([[2.0, -1.0]]))
     shop.vectors = lambda test: torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[2.0, 3.0], [1.0, 1.0]]])
     # differences (1, -1) and (1, 2): 2 + 2 of the first latent, 1 + 2 of the second
-    assert sarm_experiment.top_share(shop, model, "in distribution", top=1) == pytest.approx(4 / 7)
-    assert sarm_experiment.top_share(shop, model, "in distribution", top=9) == pytest.approx(1)
-    assert sarm_experiment.trained_margins(shop, model, "in distribution").tolist() == [3.0, 0.0]
-    measured = sarm_experiment._measured(shop.sets["in distribution"], torch.tensor([1.0, -1.0] * 15))
+    assert cells.top_share(shop, model, "in distribution", top=1) == pytest.approx(4 / 7)
+    assert cells.top_share(shop, model, "in distribution", top=9) == pytest.approx(1)
+    assert cells.trained_margins(shop, model, "in distribution").tolist() == [3.0, 0.0]
+    measured = cells._measured(shop.sets["in distribution"], torch.tensor([1.0, -1.0] * 15))
     assert measured["correct"] == [0.5] * 15
 
 
 def test_shuffling_flips_about_half(tmp_path):
     vectors = torch.arange(12.0).view(3, 2, 2)
-    found = sarm_experiment._flipped(vectors, np.array([False, True, False]))
+    found = cells._flipped(vectors, np.array([False, True, False]))
     assert torch.equal(found[1], vectors[1].flip(0)) and torch.equal(found[[0, 2]], vectors[[0, 2]])
 
 
@@ -918,7 +919,7 @@ def test_a_pair_in_both_sets_is_refused(tmp_path):
         ("in distribution: {path: mechreward/pocket, split: gate, rows: 24}", f"in distribution: {source}"),
     )
     with pytest.raises(DataError, match="in the training pairs too"):
-        _ = sarm_experiment.Workshop(read_config(file, SarmConfig), lambda line: None).sets
+        _ = cells.Workshop(read_config(file, SarmConfig), lambda line: None).sets
 
 
 def test_policies_against_stored_results_and_each_other(tmp_path):

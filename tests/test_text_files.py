@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 import mechreward as mr
-from mechreward.baselines.preferences import read_preferences
 from mechreward.experiments import capability
 from mechreward.experiments.config import Source, read_config
 from mechreward.experiments.data import _from_datasets
@@ -19,6 +18,7 @@ from mechreward.integrations.recording import read_jsonl
 from mechreward.report.runs import _json, _yaml
 from mechreward.rollout.labelled import holds_rollouts, read_lines
 from mechreward.sae.training import read_documents
+from sarm.preferences import read_preferences
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "mechreward"
@@ -80,8 +80,7 @@ OURS = {
     "report/page.py", "verifiers/sandbox.py", "verifiers/code.py", "integrations/server/scorer.py", "unfinished.py",
     "integrations/made.py", "integrations/trl_grpo.py", "integrations/verl/trainer.py", "features/neuronpedia.py",
     "cli/train.py",
-    "experiments/crl_results.py", "experiments/sarm_results.py", "experiments/hacking_results.py",
-    "experiments/hacking.py", "experiments/capability_tasks.py", "experiments/results.py", "sae/registry.py",
+    "experiments/capability_tasks.py", "experiments/results.py", "sae/registry.py",
 }  # fmt: skip
 
 

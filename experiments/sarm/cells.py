@@ -33,9 +33,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mechreward import pocket, verifiers
-from mechreward.baselines import sarm as baseline
-from mechreward.baselines.preferences import Preference, read_preferences, write_preferences
-from mechreward.baselines.sarm import Mode, Recipe, Reconstructs, Sarm, SarmReward, SarmSettings, Tokens, TopKSAE
 from mechreward.errors import ConfigError, DataError, MechRewardError, nearest
 from mechreward.experiments import arms, runner
 from mechreward.experiments.config import Arm, Count, ExperimentConfig, Positive, Text, read_config
@@ -46,6 +43,9 @@ from mechreward.reward.feature_reward import FeatureReward
 from mechreward.rollout.hf import HFSource, load_model
 from mechreward.rollout.labelled import sample_rollouts
 from mechreward.schema import Strict
+from sarm import model as method
+from sarm.model import Mode, Recipe, Reconstructs, Sarm, SarmReward, SarmSettings, Tokens, TopKSAE
+from sarm.preferences import Preference, read_preferences, write_preferences
 
 Rate = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -92,7 +92,7 @@ class Pretraining(Strict):
     Attributes:
         checkpoint: A published autoencoder instead, for ``encoder: sequence``.
         corpus: So many texts of pocket's own corpus; by default both sides of the training pairs.
-        epochs, batch_size, learning_rate: As in :class:`mechreward.baselines.sarm.Recipe`.
+        epochs, batch_size, learning_rate: As in :class:`sarm.model.Recipe`.
     """
 
     checkpoint: Text | None = None
@@ -108,13 +108,13 @@ class RewardModel(Strict):
     Attributes:
         layers: L, the decoder layers that are kept.
         latents, k: Of the sparse autoencoder.
-        rec_lambda, reconstructs: See :class:`mechreward.baselines.sarm.SarmSettings`.
+        rec_lambda, reconstructs: See :class:`sarm.model.SarmSettings`.
         max_length: Tokens; pairs with a longer side are left out, and counted.
         pretraining: Of the sparse autoencoder.
         learning_rate: Of all that is trained.
         frozen_learning_rates: In place of it in mode 0, where it costs little to try several: each model takes the one
             with the lowest preference loss on a tenth of the training prompts, which it then does not learn from.
-        epochs, batch_size, micro_batch, warmup, weight_decay, bf16: As in :class:`mechreward.baselines.sarm.Recipe`.
+        epochs, batch_size, micro_batch, warmup, weight_decay, bf16: As in :class:`sarm.model.Recipe`.
     """
 
     layers: Positive
@@ -309,7 +309,7 @@ class PairSet:
 
     @classmethod
     def of(cls, pairs: Sequence[Preference], tokenizer: Any, longest: int) -> PairSet:
-        tokens = [baseline.encoded_pair(tokenizer, pair) for pair in pairs]
+        tokens = [method.encoded_pair(tokenizer, pair) for pair in pairs]
         kept = [i for i, sides in enumerate(tokens) if max(len(side.ids) for side in sides) <= longest]
         if not kept:
             raise DataError(f"All {len(pairs)} pairs are longer than max_length = {longest} tokens: raise it.")
@@ -356,13 +356,13 @@ class Workshop:
     def untrained(self) -> tuple[Sarm, Any]:
         """The truncated decoder as it was before, and the tokenizer."""
         settings = SarmSettings(self.config.reward_model.layers, False, 0)
-        return baseline.new_sarm(self.config.model, settings, None)
+        return method.new_sarm(self.config.model, settings, None)
 
     def vectors(self, name: str) -> Tensor:
         """z-scored last-token vectors of a set's pairs by the untrained decoder, ``[P, 2, d_model]``; kept on disk."""
         pairs = self.sets[name]
         texts = [side for both in pairs.tokens for side in both]
-        return self._kept("last", texts, baseline.read_vectors).view(len(pairs.pairs), 2, -1)
+        return self._kept("last", texts, method.read_vectors).view(len(pairs.pairs), 2, -1)
 
     def texts(self) -> list[Tokens]:
         """What the sparse autoencoder is pretrained on."""
@@ -372,16 +372,16 @@ class Workshop:
             return [side for both in self.sets["train"].tokens for side in both]
         rng = random.Random("texts for SARM's autoencoder")
         asked = itertools.islice(questions("corpus", seed=1), count)
-        return [baseline.encoded(tokenizer, q.prompt, corpus_completion(q, rng, 0.6)) for q in asked]
+        return [method.encoded(tokenizer, q.prompt, corpus_completion(q, rng, 0.6)) for q in asked]
 
     def pretraining_vectors(self, kind: str) -> Tensor:
         """``[N, d_model]``, one for each text: of its last token, or as many drawn from all tokens."""
         texts = self.texts()
         if kind == "sequence":
-            return self._kept("last", texts, baseline.read_vectors)
+            return self._kept("last", texts, method.read_vectors)
 
         def drawn(model: Sarm, texts: Sequence[Tokens]) -> Tensor:
-            everything = baseline.read_vectors(model, texts, everywhere=True)
+            everything = method.read_vectors(model, texts, everywhere=True)
             order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(0))
             return everything[order[: len(texts)]]
 
@@ -414,7 +414,7 @@ class Workshop:
         settings = self.config.reward_model
         p = settings.pretraining
         if kind == "sequence" and p.checkpoint is not None:
-            return baseline.read_checkpoint(p.checkpoint, settings.k), None
+            return method.read_checkpoint(p.checkpoint, settings.k), None
         d_model = self.untrained[0].head.in_features
         with torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -422,7 +422,7 @@ class Workshop:
         if kind == "random":
             return sae, None
         recipe = Recipe(p.learning_rate, p.epochs, p.batch_size, weight_decay=0.0)
-        return sae, baseline.pretrain(sae, self.pretraining_vectors(kind), recipe, seed)
+        return sae, method.pretrain(sae, self.pretraining_vectors(kind), recipe, seed)
 
 
 def make_cell(shop: Workshop, name: str, seed: int) -> Path:
@@ -446,7 +446,7 @@ def make_cell(shop: Workshop, name: str, seed: int) -> Path:
         margins = {test: trained_margins(shop, model, test) for test in config.test}
         if model.sae is not None:
             about["top_latents"] = {test: top_share(shop, model, test) for test in config.test}
-        baseline.save_sarm(model, folder / "sarm.safetensors", config.model)
+        method.save_sarm(model, folder / "sarm.safetensors", config.model)
     else:
         about = {}
         rank = feature_margins(shop, cell.pack) if cell.head == "features" else length_margins(shop)
@@ -487,14 +487,14 @@ def trained(shop: Workshop, cell: Cell, seed: int) -> tuple[Sarm, dict[str, Any]
         sides = [(b, a) if turned else (a, b) for (a, b), turned in zip(pairs.tokens, flip, strict=True)]
         recipe = Recipe(rate, s.epochs, s.batch_size, s.micro_batch, s.warmup, s.weight_decay, s.bf16)
         some = None if vectors is None else vectors[learnt]
-        log = baseline.train(model, [sides[i] for i in learnt], recipe, seed, some)
+        log = method.train(model, [sides[i] for i in learnt], recipe, seed, some)
         loss = 0.0
         if len(apart):
             if vectors is None:
-                scores = baseline.score(model, [side for i in apart for side in sides[i]]).view(-1, 2)
+                scores = method.score(model, [side for i in apart for side in sides[i]]).view(-1, 2)
             else:
                 scores = _rewards(model, vectors[apart])
-            loss = float(baseline.preference_loss(scores[:, 0], scores[:, 1]))
+            loss = float(method.preference_loss(scores[:, 0], scores[:, 1]))
         about = {"learning_rate": rate, "held_out_loss": loss, "pretraining_loss": reached, "last_step": log[-1]}
         if best is None or loss < best[0]:
             best = loss, model, about
@@ -508,7 +508,7 @@ def _untrained_cell(shop: Workshop, cell: Cell, seed: int) -> tuple[Sarm, float 
         sae, reached = shop.autoencoder(cell.encoder, seed)
     mode: Any = cell.mode
     settings = SarmSettings(s.layers, bool(cell.use_topk), mode, s.rec_lambda, s.reconstructs)
-    return baseline.new_sarm(shop.config.model, settings, sae)[0], reached
+    return method.new_sarm(shop.config.model, settings, sae)[0], reached
 
 
 def _flipped(vectors: Tensor, flip: NDArray) -> Tensor:
@@ -524,7 +524,7 @@ def _rewards(model: Sarm, vectors: Tensor) -> Tensor:
 
 def _vectors_of(shop: Workshop, model: Sarm, test: str) -> Tensor:
     """What the model's own decoder reads of a set, ``[P, 2, d_model]``."""
-    return shop.vectors(test) if model.settings.mode == 0 else baseline.read_pairs(model, shop.sets[test].tokens)
+    return shop.vectors(test) if model.settings.mode == 0 else method.read_pairs(model, shop.sets[test].tokens)
 
 
 def trained_margins(shop: Workshop, model: Sarm, test: str) -> Tensor:
@@ -582,7 +582,7 @@ def outfit(config: SarmConfig) -> runner.Outfitter:
         made = Path(config.output) / "models" / cell / f"seed-{seed}" / "sarm.safetensors"
         if not made.exists():
             raise ConfigError(f"There is no reward model {made}: train it first, with --stage models.")
-        return arms.Outfit(CompositeReward([SarmReward(*baseline.load_sarm(made))]))
+        return arms.Outfit(CompositeReward([SarmReward(*method.load_sarm(made))]))
 
     return fitted
 
@@ -628,9 +628,9 @@ def _carry_out(stage: str, config: SarmConfig, options: argparse.Namespace) -> N
             runner.run(config.grpo, arm, seed, outfit=outfit(config))
             gc.collect()  # a trainer and its model hold each other
     elif stage == "report":
-        from mechreward.experiments import sarm_results
+        from sarm import results
 
-        print(sarm_results.write(config, options.out))
+        print(results.write(config, options.out))
 
 
 def _chosen(

@@ -37,7 +37,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mechreward.baselines.preferences import Preference
 from mechreward.errors import ConfigError, DataError, ModelMismatchError, SAEError
 from mechreward.readout import Readings, Request
 from mechreward.reward.base import Reward, Scores
@@ -45,6 +44,7 @@ from mechreward.reward.feature_reward import lowered
 from mechreward.rollout.batch import RolloutBatch, Text
 from mechreward.rollout.capture import decoder_layers, evaluating
 from mechreward.rollout.hf import MAX_TOKENS, load_model
+from sarm.preferences import Preference
 
 Mode = Literal[0, 1, 2, 3]
 """Who learns, besides the head, which always learns from the preferences. 0: nobody. 1: the language model from the

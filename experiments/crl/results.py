@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import yaml
 
-from mechreward.experiments import crl
-from mechreward.experiments.crl import CRLConfig
+from crl import experiment
+from crl.experiment import CRLConfig
 from mechreward.experiments.results import Run, difference, finished_runs, over_seeds, read_runs, without_infinities
 from mechreward.integrations.made import made_by, made_sentence
 from mechreward.integrations.recording import ENVIRONMENT
@@ -158,7 +158,7 @@ def _search(config: CRLConfig, runs: dict[str, list[Run]]) -> dict[str, Any] | N
     name = next((name for name, arm in config.arms.items() if arm.search and name in runs), None)
     if name is None:
         return None
-    bench = crl.bench(config)
+    bench = experiment.bench(config)
     found = bench.search(config.arms[name].search)
     return {
         "feature": int(found["feature"][0]),

@@ -25,8 +25,7 @@ from pydantic import Field, field_validator, model_validator
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mechreward import verifiers
-from mechreward.baselines.crl import (
+from crl.method import (
     ActorCritic,
     Chooser,
     Clipped,
@@ -38,6 +37,7 @@ from mechreward.baselines.crl import (
     steered_rollouts,
     update,
 )
+from mechreward import verifiers
 from mechreward.errors import ConfigError
 from mechreward.experiments import data, runner
 from mechreward.experiments.arms import NEIGHBOURS, sampling
@@ -111,7 +111,7 @@ class SteeringArm(Strict):
             ``data.discovery``. ``substitute``: by the trained policy of the arm ``of`` with the same seed, each feature
             replaced by another that fires about as often. ``none``: not at all.
         k: Features at a token (``policy``).
-        masking: See :mod:`mechreward.baselines.crl`.
+        masking: See :mod:`crl.method`.
         directions: The SAE's, or random ones of the same lengths.
         states: ``shuffled``: the policy reads a random token of another text in place of its own.
         of: See ``substitute``.

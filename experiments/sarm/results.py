@@ -12,11 +12,19 @@ from typing import Any
 import numpy as np
 
 from mechreward.errors import ConfigError
-from mechreward.experiments import results
-from mechreward.experiments.results import Difference, Run, resampled_interval, t_interval
-from mechreward.experiments.sarm import SarmConfig
+from mechreward.experiments.results import (
+    Difference,
+    Run,
+    finished_runs,
+    read_runs,
+    resampled_interval,
+    t_interval,
+    without_infinities,
+)
+from mechreward.experiments.results import difference as paired_difference
 from mechreward.integrations.made import Made, made_by, made_sentence
 from mechreward.integrations.recording import ENVIRONMENT, environment
+from sarm.cells import SarmConfig
 
 Found = dict[str, list[dict[str, Any]]]
 """By cell, each seed's ``result.json``."""
@@ -26,7 +34,7 @@ def write(config: SarmConfig, out: Path) -> str:
     """Write ``<name>.json`` and ``<name>.md``, and return the page."""
     found, text = report(config), ""
     out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(results.without_infinities(found), indent=1, allow_nan=False)
+    text = json.dumps(without_infinities(found), indent=1, allow_nan=False)
     flat = re.sub(r"\[\n\s+([^\[\]{}]*?)\n\s+\]", lambda m: "[" + re.sub(r"\n\s+", " ", m[1]) + "]", text)
     (out / f"{config.name}.json").write_text(flat + "\n", encoding="utf-8")
     shown = markdown(json.loads(flat))
@@ -64,7 +72,7 @@ def report(config: SarmConfig) -> dict[str, Any]:
         },
         "grpo": None,
     }
-    if config.grpo is not None and results.finished_runs(config.grpo.output):
+    if config.grpo is not None and finished_runs(config.grpo.output):
         whole["grpo"] = of_policies(config)
     return whole
 
@@ -95,7 +103,7 @@ def made_by_all(config: SarmConfig, cells: Iterable[str]) -> Made:
     """At which commits and when these cells were made, and the policies."""
     runs = [Path(config.output) / "models" / cell / f"seed-{seed}" for cell in cells for seed in config.seeds]
     if config.grpo is not None:
-        runs += [file.parent for file in results.finished_runs(config.grpo.output)]
+        runs += [file.parent for file in finished_runs(config.grpo.output)]
     return made_by(folder / ENVIRONMENT for folder in runs)
 
 
@@ -142,7 +150,7 @@ def of_policies(config: SarmConfig) -> dict[str, Any]:
         ConfigError: The stored results are of another budget.
     """
     assert config.grpo is not None
-    found, budget = results.read_runs(config.grpo.output)
+    found, budget = read_runs(config.grpo.output)
     arms = {name: found[name] for name in config.grpo.arms if name in found}
     base = _stored(config, budget)
     pairs = {f"{a} - {b}": difference_of(arms[a], arms[b]) for a, b in itertools.combinations(arms, 2)}
@@ -168,7 +176,7 @@ def difference_of(one: list[Run], two: list[Run]) -> dict[str, Any] | None:
     """Accuracy at the last step, paired by seed and question; None where no seed is in both."""
     if not {run.seed for run in one} & {run.seed for run in two}:
         return None
-    return results.difference(one, two).report()
+    return paired_difference(one, two).report()
 
 
 def _stored(config: SarmConfig, budget: dict[str, Any]) -> dict[str, dict[int, float]]:

@@ -17,11 +17,12 @@ from numpy.typing import NDArray
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
+from hacking import defences
+from hacking.defences import Defence, HackingConfig
 from mechreward import verifiers
 from mechreward.errors import ConfigError
-from mechreward.experiments import arms, hacking
+from mechreward.experiments import arms
 from mechreward.experiments.data import load
-from mechreward.experiments.hacking import Defence, HackingConfig
 from mechreward.experiments.results import Run, read_run, resampled_interval, t_interval
 from mechreward.hacking.adversarial import AdversarialSuite
 from mechreward.hacking.redteam.campaign import cue_tokens
@@ -159,9 +160,9 @@ class Bench:
     def __init__(self, config: HackingConfig):
         self.config = config
         self.model, self.tokenizer = arms.untrained(config)
-        self.defence: Defence = hacking.prepared(config)
+        self.defence: Defence = defences.prepared(config)
         questions = load([config.data.discovery[0].model_copy(update={"split": "gate", "rows": CLEAN // 8})])
-        self.batch = hacking.clean_rollouts(config, self.model, self.tokenizer, questions, CLEAN, seed=1)
+        self.batch = defences.clean_rollouts(config, self.model, self.tokenizer, questions, CLEAN, seed=1)
         suite = self.suite()
         self.clean, self.clean_flags = self._scored(suite, self.batch)
 
@@ -261,7 +262,7 @@ class Bench:
         drawn = self.config.model_copy(
             update={"training": self.config.training.model_copy(update={"num_generations": samples})}
         )
-        batch = hacking.clean_rollouts(drawn, self.model, self.tokenizer, asked, questions * samples, seed=2)
+        batch = defences.clean_rollouts(drawn, self.model, self.tokenizer, asked, questions * samples, seed=2)
         gold = self.defence.outcome.score(batch, {}).values.double().numpy().reshape(questions, samples)
         proxies = {name: p.reshape(questions, samples) for name, p in self._proxies(batch).items()}
         sizes = [2**k for k in range(samples.bit_length())]
