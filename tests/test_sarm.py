@@ -30,8 +30,9 @@ from mechreward.rollout.hf import load_model
 from sarm import cells
 from sarm import model as sarm
 from sarm import results as sarm_results
-from sarm.cells import PairSet, SarmConfig
+from sarm.config import SarmConfig
 from sarm.model import Recipe, Sarm, SarmReward, SarmSettings, Tokens, TopKSAE, z_score
+from sarm.pairs import PairSet
 from sarm.preferences import Preference, preference, read_preferences, write_preferences
 
 D, N, K = 16, 40, 5

@@ -10,318 +10,34 @@ Three stages, each of which skips what it finds finished in the experiment's fol
 
 from __future__ import annotations
 
-import argparse
 import copy
-import dataclasses
-import gc
 import hashlib
 import itertools
 import json
 import random
-import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field, model_validator
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mechreward import pocket, verifiers
-from mechreward.errors import ConfigError, DataError, MechRewardError, nearest
+from mechreward.errors import ConfigError, DataError
 from mechreward.experiments import arms, runner
-from mechreward.experiments.config import Arm, Count, ExperimentConfig, Positive, Text, read_config
 from mechreward.integrations.recording import ENVIRONMENT, environment, write_json
-from mechreward.pocket.questions import OTHER_WORDING, WORDING, corpus_completion, questions
+from mechreward.pocket.questions import corpus_completion, questions
 from mechreward.reward.composition import CompositeReward
 from mechreward.reward.feature_reward import FeatureReward
 from mechreward.rollout.hf import HFSource, load_model
-from mechreward.rollout.labelled import sample_rollouts
-from mechreward.schema import Strict
 from sarm import model as method
-from sarm.model import Mode, Recipe, Reconstructs, Sarm, SarmReward, SarmSettings, Tokens, TopKSAE
-from sarm.preferences import Preference, read_preferences, write_preferences
-
-Rate = Annotated[float, Field(gt=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
-
-
-# -- configuration ----------------------------------------------------------------------------------------------------
-
-
-class Pairs(Strict):
-    """Where preference pairs come from.
-
-    Attributes:
-        path: A ``.jsonl`` or ``.jsonl.gz`` file, a dataset on the hub; ``mechreward/pocket``: the model's own answers.
-        split: Of the hub's dataset, or of pocket's questions.
-        first: Rows that are passed over.
-        rows: How many after these; of pocket, questions.
-        rollouts: Of pocket: sampled for each question.
-        per_question: Of pocket: pairs of a question at most.
-        steps: Of pocket: the fewest and the most steps of a problem.
-        wording: Of pocket: ``usual``, or ``other``, sentences that the model has never seen.
-    """
-
-    path: Text
-    split: Text = "train"
-    first: Count = 0
-    rows: Positive | None = None
-    rollouts: Positive = 6
-    per_question: Positive = 2
-    steps: Annotated[list[Positive], Field(min_length=2, max_length=2)] = Field(default_factory=lambda: [2, 4])
-    wording: Literal["usual", "other"] = "usual"
-
-    @model_validator(mode="after")
-    def _ends(self) -> Pairs:
-        if self.path == pocket.MODEL_ID and self.rows is None:
-            raise ValueError("has no rows, but pocket makes questions without end: say how many")
-        if self.steps[0] > self.steps[1]:
-            raise ValueError(f"has steps {self.steps}: give the fewest first")
-        return self
-
-
-class Pretraining(Strict):
-    """How the sparse autoencoder is made.
-
-    Attributes:
-        checkpoint: A published autoencoder instead, for ``encoder: sequence``.
-        corpus: So many texts of pocket's own corpus; by default both sides of the training pairs.
-        epochs, batch_size, learning_rate: As in :class:`sarm.model.Recipe`.
-    """
-
-    checkpoint: Text | None = None
-    corpus: Positive | None = None
-    epochs: Positive = 1
-    batch_size: Positive = 512
-    learning_rate: Rate = 1e-3
-
-
-class RewardModel(Strict):
-    """What all reward models of the experiment have in common.
-
-    Attributes:
-        layers: L, the decoder layers that are kept.
-        latents, k: Of the sparse autoencoder.
-        rec_lambda, reconstructs: See :class:`sarm.model.SarmSettings`.
-        max_length: Tokens; pairs with a longer side are left out, and counted.
-        pretraining: Of the sparse autoencoder.
-        learning_rate: Of all that is trained.
-        frozen_learning_rates: In place of it in mode 0, where it costs little to try several: each model takes the one
-            with the lowest preference loss on a tenth of the training prompts, which it then does not learn from.
-        epochs, batch_size, micro_batch, warmup, weight_decay, bf16: As in :class:`sarm.model.Recipe`.
-    """
-
-    layers: Positive
-    latents: Positive
-    k: Positive
-    rec_lambda: Annotated[float, Field(ge=0)] = 1.0
-    reconstructs: Reconstructs = "completion"
-    max_length: Positive = 512
-    pretraining: Pretraining = Pretraining()
-    learning_rate: Rate
-    frozen_learning_rates: Annotated[list[Rate], Field(min_length=1)] | None = None
-    epochs: Positive = 3
-    batch_size: Positive = 32
-    micro_batch: Positive | None = None
-    warmup: Share = 0.03
-    weight_decay: Annotated[float, Field(ge=0)] = 1e-3
-    bf16: bool = False
-
-
-class Cell(Strict):
-    """One way of ranking a pair; cells differ in nothing else.
-
-    Attributes:
-        head: ``sarm``; ``dense``, a linear head on the z-scored vector itself; ``features``, a pack's reward with no
-            training; ``length``, the number of tokens, with the sign that is right more often in training.
-        mode: The train mode, for ``sarm`` and ``dense``.
-        use_topk: Whether the head of ``sarm`` reads the k largest latents, or all pre-activations.
-        encoder: Of ``sarm``: pretrained on last tokens (``sequence``), on as many vectors of all tokens (``token``), or
-            not at all (``random``).
-        shuffled: In training, which side is preferred is decided by a coin.
-        pack: For ``features``.
-    """
-
-    head: Literal["sarm", "dense", "features", "length"]
-    mode: Mode | None = None
-    use_topk: bool | None = None
-    encoder: Literal["sequence", "token", "random"] | None = None
-    shuffled: bool = False
-    pack: Text | None = None
-
-    @model_validator(mode="after")
-    def _says_what_it_is(self) -> Cell:
-        needs = {
-            "sarm": {"mode", "use_topk", "encoder"},
-            "dense": {"mode"},
-            "features": {"pack"},
-            "length": set(),
-        }[self.head]
-        for name in ("mode", "use_topk", "encoder", "pack"):
-            if (getattr(self, name) is not None) != (name in needs):
-                raise ValueError(f"has head {self.head}, which {'needs' if name in needs else 'has no'} {name}")
-        return self
-
-
-class SarmArm(Arm):
-    """As in other experiments; or a cell of this one as the only reward.
-
-    Attributes:
-        cell: The reward model, trained with the run's own seed.
-    """
-
-    cell: Text | None = None
-
-    @model_validator(mode="after")
-    def _rewards_something(self) -> SarmArm:
-        if self.cell is None:
-            return super()._rewards_something()  # pyright: ignore[reportCallIssue, reportReturnType]
-        if self.outcome or self.features is not None:
-            raise ValueError("has a cell, which is rewarded alone here: leave outcome and features out")
-        return self
-
-
-class SarmGrpo(ExperimentConfig):
-    """GRPO as in experiments 01 to 03; its ``output`` holds the policies."""
-
-    arms: dict[str, SarmArm] = Field(min_length=1)  # pyright: ignore[reportIncompatibleVariableOverride]
-
-
-class SarmConfig(Strict):
-    """Experiment 04.
-
-    Attributes:
-        output: Folder for pairs and reward models.
-        name: Of the results, ``experiments/results/<name>.{json,md}``.
-        model: ``mechreward/pocket``, a folder, or a model on the Hugging Face hub.
-        verifier: That judges sampled answers.
-        train: Pairs to learn from.
-        test: Sets of pairs to be measured on; the first is in distribution.
-        reward_model, cells: See there.
-        main: The cell that the others are compared with.
-        grpo: Policies trained with the cells' rewards.
-        stored: Results of experiments 01 to 03 at the same budget, to compare the policies with.
-        seeds: One reward model of every cell for each.
-    """
-
-    output: Text
-    name: Text
-    model: Text
-    verifier: Literal["math_boxed", "gsm8k", "exact_match"] = "math_boxed"
-    train: Pairs
-    test: Annotated[dict[str, Pairs], Field(min_length=1)]
-    reward_model: RewardModel
-    cells: Annotated[dict[str, Cell], Field(min_length=1)]
-    main: Text
-    grpo: SarmGrpo | None = None
-    stored: Text | None = None
-    seeds: Annotated[list[Count], Field(min_length=1)]
-
-    @model_validator(mode="after")
-    def _names_its_cells(self) -> SarmConfig:
-        wanted = {"main": self.main}
-        if self.grpo is not None:
-            wanted |= {f"grpo.arms.{name}.cell": arm.cell for name, arm in self.grpo.arms.items() if arm.cell}
-            if missing := set(self.grpo.seeds) - set(self.seeds):
-                raise ValueError(
-                    f"has no reward models of seed {min(missing)}, which grpo.seeds names: add it to seeds"
-                )
-        for key, cell in wanted.items():
-            if cell not in self.cells:
-                raise ValueError(f"has {key}: {cell}, but no such cell: there are {', '.join(self.cells)}")
-            if self.cells[cell].head not in ("sarm", "dense"):
-                raise ValueError(f"has {key}: {cell}, which is not trained: name a cell with head sarm or dense")
-        return self
-
-
-# -- pairs ------------------------------------------------------------------------------------------------------------
-
-
-def prepared_pairs(config: SarmConfig, name: str, source: Pairs) -> list[Preference]:
-    """A set's pairs: read, or sampled once and kept in the experiment's folder."""
-    if source.path != pocket.MODEL_ID:
-        wanted = None if source.rows is None else source.first + source.rows
-        pairs = read_preferences(source.path, source.split, wanted)[source.first :]
-        if not pairs:
-            raise DataError(f"{source.path} has no pairs after the first {source.first}.")
-        return pairs
-    decides = {"model": config.model, "verifier": config.verifier, **source.model_dump()}
-    digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
-    file = Path(config.output) / "pairs" / f"{name.replace(' ', '-')}-{digest}.jsonl"
-    if not file.exists():
-        write_preferences(sampled_pairs(config, source), file)
-    return read_preferences(file)
-
-
-def sampled_pairs(config: SarmConfig, source: Pairs) -> list[Preference]:
-    """The model's own right and wrong answers to the same questions, as texts; no text is used twice."""
-    model, tokenizer = load_model(config.model)
-    wording = WORDING if source.wording == "usual" else OTHER_WORDING
-    low, high = source.steps
-    stream = questions(source.split, steps=(low, high), wording=wording)  # pyright: ignore[reportArgumentType]
-    asked = list(itertools.islice(stream, source.first, source.first + (source.rows or 0)))
-    found = sample_rollouts(
-        model,
-        tokenizer,
-        {"prompt": [q.prompt for q in asked], "answer": [q.answer for q in asked]},
-        getattr(verifiers, config.verifier),
-        source.rollouts,
-        f"{source.path} ({source.split})",
-        seed=0,
-        batch_size=512,
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        max_new_tokens=64 if high <= 4 else 96,
-    )
-    pairs, texts = [], found.batch.texts
-    for group in np.unique(found.groups):
-        rows = np.flatnonzero(found.groups == group)
-        right, wrong = (list(dict.fromkeys(texts[i] for i in rows if found.labels[i] == label)) for label in (1, 0))
-        prompt = found.batch.prompts[rows[0]]
-        both = list(zip(right, wrong, strict=False))[: source.per_question]
-        pairs += [Preference(prompt, chosen, rejected) for chosen, rejected in both]
-    return pairs
-
-
-@dataclasses.dataclass(frozen=True)
-class PairSet:
-    """A set of pairs that fit into the model's length.
-
-    Attributes:
-        pairs: As text.
-        tokens: As the reward model reads them.
-        groups: Number of each one's prompt, ``[P]``: pairs of one prompt are alike.
-        left_out: How many were too long.
-    """
-
-    pairs: list[Preference]
-    tokens: list[tuple[Tokens, Tokens]]
-    groups: NDArray[np.int64]
-    left_out: int
-
-    @classmethod
-    def of(cls, pairs: Sequence[Preference], tokenizer: Any, longest: int) -> PairSet:
-        tokens = [method.encoded_pair(tokenizer, pair) for pair in pairs]
-        kept = [i for i, sides in enumerate(tokens) if max(len(side.ids) for side in sides) <= longest]
-        if not kept:
-            raise DataError(f"All {len(pairs)} pairs are longer than max_length = {longest} tokens: raise it.")
-        _, groups = np.unique([json.dumps(pairs[i].prompt) for i in kept], return_inverse=True)
-        return cls([pairs[i] for i in kept], [tokens[i] for i in kept], groups, len(pairs) - len(kept))
-
-    def count(self) -> dict[str, int]:
-        """How many pairs, of how many prompts, and how many more were too long."""
-        return {"pairs": len(self.pairs), "prompts": len(np.unique(self.groups)), "left_out": self.left_out}
-
-
-# -- reward models ----------------------------------------------------------------------------------------------------
+from sarm.config import Cell, SarmConfig, SarmGrpo
+from sarm.model import Recipe, Sarm, SarmReward, SarmSettings, Tokens, TopKSAE
+from sarm.pairs import PairSet, prepared_pairs
 
 
 class Workshop:
@@ -585,62 +301,3 @@ def outfit(config: SarmConfig) -> runner.Outfitter:
         return arms.Outfit(CompositeReward([SarmReward(*method.load_sarm(made))]))
 
     return fitted
-
-
-# -- the command line -------------------------------------------------------------------------------------------------
-
-STAGES = ("pairs", "models", "grpo", "report")
-
-
-def main(about: str) -> None:
-    """The command line of ``experiments/04_sarm_reproduction.py``, whose docstring is ``about``."""
-    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, type=Path, help="the experiment's YAML file")
-    parser.add_argument("--stage", choices=STAGES, help="only this; default: all, one after the other")
-    parser.add_argument("--cell", action="append", help="only this cell (may be repeated); default: all")
-    parser.add_argument("--arm", action="append", help="only this arm of GRPO (may be repeated); default: all")
-    parser.add_argument("--seed", action="append", type=int, help="only this seed (may be repeated); default: all")
-    parser.add_argument("--out", type=Path, default=Path("experiments/results"), help="folder for the results")
-    parser.add_argument("--debug", action="store_true", help="show where an error comes from")
-    options = parser.parse_args()
-    runner.quiet()
-    try:
-        config = read_config(options.config, SarmConfig)
-        for stage in [options.stage] if options.stage else STAGES:
-            _carry_out(stage, config, options)
-    except MechRewardError as error:
-        if options.debug:
-            raise
-        sys.exit(f"Error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("\nInterrupted. The same command goes on from what is finished.")
-
-
-def _carry_out(stage: str, config: SarmConfig, options: argparse.Namespace) -> None:
-    if stage == "pairs":
-        _ = Workshop(config).sets
-    elif stage == "models":
-        shop = Workshop(config)
-        for cell, seed in _chosen("cell", config.cells, config.seeds, options.cell, options.seed):
-            make_cell(shop, cell, seed)
-    elif stage == "grpo" and config.grpo is not None:
-        for arm, seed in _chosen("arm", config.grpo.arms, config.grpo.seeds, options.arm, options.seed):
-            runner.run(config.grpo, arm, seed, outfit=outfit(config))
-            gc.collect()  # a trainer and its model hold each other
-    elif stage == "report":
-        from sarm import results
-
-        print(results.write(config, options.out))
-
-
-def _chosen(
-    what: str, names: Mapping[str, Any], seeds: list[int], only: list[str] | None, only_seeds: list[int] | None
-) -> list[tuple[str, int]]:
-    """What to make, everything of a seed before the next seed."""
-    for name in only or []:
-        if name not in names:
-            raise ConfigError(f"There is no {what} '{name}'; there are {', '.join(names)}.{nearest(name, names)}")
-    for seed in only_seeds or []:
-        if seed not in seeds:
-            raise ConfigError(f"The configuration has no seed {seed}: it has {', '.join(map(str, seeds))}.")
-    return [(name, seed) for seed in only_seeds or seeds for name in only or names]

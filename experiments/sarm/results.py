@@ -24,7 +24,7 @@ from mechreward.experiments.results import (
 from mechreward.experiments.results import difference as paired_difference
 from mechreward.integrations.made import Made, made_by, made_sentence
 from mechreward.integrations.recording import ENVIRONMENT, environment
-from sarm.cells import SarmConfig
+from sarm.config import SarmConfig
 
 Found = dict[str, list[dict[str, Any]]]
 """By cell, each seed's ``result.json``."""
