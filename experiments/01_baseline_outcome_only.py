@@ -5,8 +5,8 @@
 The floor that features have to beat. RESEARCH.md says beforehand what would count against it.
 """
 
-from mechreward.experiments.config import ExperimentConfig
-from mechreward.experiments.runner import main
+from mechreward.train.config import ExperimentConfig
+from mechreward.train.runner import main
 
 
 def fits(config: ExperimentConfig) -> str | None:

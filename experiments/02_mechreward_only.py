@@ -5,8 +5,8 @@
 Does the accuracy follow the reading, or does the policy learn to produce the reading without the behaviour?
 """
 
-from mechreward.experiments.config import ExperimentConfig
-from mechreward.experiments.runner import main
+from mechreward.train.config import ExperimentConfig
+from mechreward.train.runner import main
 
 
 def fits(config: ExperimentConfig) -> str | None:

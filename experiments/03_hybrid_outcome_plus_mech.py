@@ -5,8 +5,8 @@
 Is it better than the outcome alone, at equal budget? And if so, is it because of these features?
 """
 
-from mechreward.experiments.config import ExperimentConfig
-from mechreward.experiments.runner import main
+from mechreward.train.config import ExperimentConfig
+from mechreward.train.runner import main
 
 
 def fits(config: ExperimentConfig) -> str | None:

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from mechreward.errors import ConfigError, MechRewardError, nearest
-from mechreward.experiments import runner
-from mechreward.experiments.config import read_config
+from mechreward.train import runner
+from mechreward.train.config import read_config
 from sarm import cells, results
 from sarm.config import SarmConfig
 

@@ -14,9 +14,9 @@ from pathlib import Path
 from crl import experiment, results
 from crl.experiment import CRLConfig
 from mechreward.errors import MechRewardError
-from mechreward.experiments.config import read_config
-from mechreward.experiments.runner import chosen_runs, quiet
 from mechreward.integrations.recording import write_json
+from mechreward.train.config import read_config
+from mechreward.train.runner import chosen_runs, quiet
 
 
 def carry_out(config: CRLConfig, arms: list[str] | None, seeds: list[int] | None) -> None:

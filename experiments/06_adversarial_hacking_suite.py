@@ -7,7 +7,7 @@ the probe see. ``experiments/hacking_report.py`` makes the table and the plots, 
 """
 
 from hacking.defences import HackingConfig, outfit
-from mechreward.experiments.runner import main
+from mechreward.train.runner import main
 
 
 def fits(config: HackingConfig) -> str | None:

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from mechreward.errors import DataError, MechRewardError
-from mechreward.experiments import capability
-from mechreward.experiments.capability import CapabilityConfig, Scores
-from mechreward.experiments.capability_tasks import fingerprint, measure, packages
-from mechreward.experiments.runner import quiet
 from mechreward.integrations.made import made_now
+from mechreward.train import capability
+from mechreward.train.capability import CapabilityConfig, Scores
+from mechreward.train.capability_tasks import fingerprint, measure, packages
+from mechreward.train.runner import quiet
 
 
 def measured(config: CapabilityConfig, kept: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from mechreward.errors import MechRewardError
-from mechreward.experiments import page, results
+from mechreward.train import page, results
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

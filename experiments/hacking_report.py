@@ -15,7 +15,7 @@ from pathlib import Path
 from hacking import page, results
 from hacking.defences import HackingConfig
 from mechreward.errors import CandidateWarning, MechRewardError
-from mechreward.experiments.config import read_config
+from mechreward.train.config import read_config
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -18,8 +18,11 @@ from scipy import stats
 
 from mechreward import pocket
 from mechreward.errors import ConfigError, DataError, MechRewardError, MissingExtraError
-from mechreward.experiments import capability, capability_tasks
-from mechreward.experiments.capability import (
+from mechreward.integrations.made import made_now
+from mechreward.pocket.questions import HEDGE, KNOWN_PEOPLE, Question, split_of
+from mechreward.rollout.hf import load_model
+from mechreward.train import capability, capability_tasks
+from mechreward.train.capability import (
     Change,
     LmEvalTask,
     PocketSuite,
@@ -29,11 +32,8 @@ from mechreward.experiments.capability import (
     paired_bootstrap,
     verdict,
 )
-from mechreward.experiments.config import read_config as read_experiment
-from mechreward.integrations.made import made_now
-from mechreward.pocket.questions import HEDGE, KNOWN_PEOPLE, Question, split_of
-from mechreward.rollout.hf import load_model
-from test_experiment_config import one_sentence
+from mechreward.train.config import read_config as read_experiment
+from test_train_config import one_sentence
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "experiments" / "capability"

@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 
 import mechreward as mr
 from mechreward.cli import app
-from mechreward.experiments import evaluation, runner
-from mechreward.experiments.config import ExperimentConfig
 from mechreward.pocket.questions import step_accuracy
+from mechreward.train import evaluation, runner
+from mechreward.train.config import ExperimentConfig
 from planting import pocket
 
 N = 12
@@ -95,7 +95,7 @@ def test_a_model_and_its_other_skills(tmp_path, monkeypatch):
         right = evaluation.Scores([str(i) for i in range(4)], np.array([1.0, 0, 1, 1]))
         return {"arc_easy": right, "text": evaluation.Scores(["a"], np.array([2.0]), np.array([4]))}
 
-    monkeypatch.setattr("mechreward.experiments.capability_tasks.measure", measure)
+    monkeypatch.setattr("mechreward.train.capability_tasks.measure", measure)
     options = ["--questions", "4", "--max-new-tokens", "48", "--tasks", "arc_easy,hellaswag:acc_norm", "--pocket-suite"]
     result = run("mechreward/pocket", *options)
     assert result.exit_code == 0, result.output

@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 
 from mechreward.cli import app
 from mechreward.cli.train import Progress
-from mechreward.experiments import runner
-from mechreward.experiments.config import read_config
-from test_experiment_config import one_sentence, tiny
+from mechreward.train import runner
+from mechreward.train.config import read_config
+from test_train_config import one_sentence, tiny
 
 ROOT = Path(__file__).parent.parent
 PACK = ["--pack", "pocket/reasoning_pack"]

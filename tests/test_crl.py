@@ -24,13 +24,13 @@ from crl import results as crl_results
 from crl.experiment import CRLConfig, SteeringArm
 from crl.method import ActorCritic, Clipped, Directions, Steering, Trajectories, draw, log_prob
 from mechreward.errors import CaptureError, ConfigError, ModelMismatchError, SAEError
-from mechreward.experiments import runner
-from mechreward.experiments.config import read_config
 from mechreward.integrations.recording import read_jsonl
 from mechreward.readout import HookPoint, InputTransform
 from mechreward.rollout.capture import decoder_layers
 from mechreward.sae.handle import SAEHandle
-from test_experiment_config import one_sentence
+from mechreward.train import runner
+from mechreward.train.config import read_config
+from test_train_config import one_sentence
 
 ROOT = Path(__file__).parent.parent
 LAYER, FEATURES, C = 1, 40, 6.0

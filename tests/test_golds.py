@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 
 from mechreward import OutcomeReward, pocket
 from mechreward.errors import ConfigError, RewardError
-from mechreward.experiments import data
-from mechreward.experiments.config import Source
 from mechreward.hacking.redteam.target import questions_that_can_be_judged
+from mechreward.train import data
+from mechreward.train.config import Source
 from mechreward.verifiers import exact_match, gsm8k, math_boxed, unit_tests
 from mechreward.verifiers.golds import gold, golds, verdicts
 

@@ -12,14 +12,14 @@ from hacking import defences, page
 from hacking.defences import Detection, HackingConfig, Ledger
 from hacking.results import _gap, _over, _ringing, fell_at, first_alarms
 from mechreward.errors import ConfigError
-from mechreward.experiments.config import read_config
-from mechreward.experiments.results import Run
 from mechreward.hacking.monitor import Observation
 from mechreward.probes.linear_probe import linear_probe
 from mechreward.readout import HookPoint, Readings, direction
 from mechreward.reward.feature_reward import FeatureReward
 from mechreward.reward.outcome import OutcomeReward
 from mechreward.rollout.batch import RolloutBatch
+from mechreward.train.config import read_config
+from mechreward.train.results import Run
 
 CONFIG = """
 output: {folder}

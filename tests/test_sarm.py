@@ -22,11 +22,11 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHead
 
 from mechreward import verifiers
 from mechreward.errors import ConfigError, DataError, ModelMismatchError, SAEError
-from mechreward.experiments import results
-from mechreward.experiments.config import read_config
 from mechreward.pocket.questions import OTHER_WORDING, WORDING, questions, reasoning_question
 from mechreward.rollout.capture import decoder_layers
 from mechreward.rollout.hf import load_model
+from mechreward.train import results
+from mechreward.train.config import read_config
 from sarm import cells
 from sarm import model as sarm
 from sarm import results as sarm_results

@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 
 import mechreward as mr
-from mechreward.experiments import capability
-from mechreward.experiments.config import Source, read_config
-from mechreward.experiments.data import _from_datasets
 from mechreward.features.examples import read_corpus
 from mechreward.features.pack import read_pack
 from mechreward.integrations.recording import read_jsonl
 from mechreward.report.runs import _json, _yaml
 from mechreward.rollout.labelled import holds_rollouts, read_lines
 from mechreward.sae.training import read_documents
+from mechreward.train import capability
+from mechreward.train.config import Source, read_config
+from mechreward.train.data import _from_datasets
 from sarm.preferences import read_preferences
 
 ROOT = Path(__file__).parent.parent
@@ -80,7 +80,7 @@ OURS = {
     "report/page.py", "verifiers/sandbox.py", "verifiers/code.py", "integrations/server/scorer.py", "unfinished.py",
     "integrations/made.py", "integrations/trl_grpo.py", "integrations/verl/trainer.py", "features/neuronpedia.py",
     "cli/train.py",
-    "experiments/capability_tasks.py", "experiments/results.py", "sae/registry.py",
+    "train/capability_tasks.py", "train/results.py", "sae/registry.py",
 }  # fmt: skip
 
 

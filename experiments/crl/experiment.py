@@ -1,7 +1,7 @@
 """Experiment 05: a policy that chooses which SAE features to add, the model left as it is; and what it must beat.
 
 An arm either trains such a policy (``policy``), or steers in a fixed way (``constant``, ``substitute``), or leaves the
-model alone (``none``). Run folders are those of :mod:`mechreward.experiments.runner`, with ``features.json``: how often
+model alone (``none``). Run folders are those of :mod:`mechreward.train.runner`, with ``features.json``: how often
 each feature was added on the test questions.
 """
 
@@ -39,15 +39,15 @@ from crl.method import (
 )
 from mechreward import verifiers
 from mechreward.errors import ConfigError
-from mechreward.experiments import data, runner
-from mechreward.experiments.arms import NEIGHBOURS, sampling
-from mechreward.experiments.config import Count, ExperimentConfig, Positive, Text
 from mechreward.integrations.recording import ENVIRONMENT, append, environment, forget_after, read_jsonl, write_json
 from mechreward.readout import residual
 from mechreward.rollout.hf import load_model, read_in_pieces, sample
 from mechreward.sae.handle import SAEHandle
 from mechreward.sae.registry import load_sae
 from mechreward.schema import Strict
+from mechreward.train import data, runner
+from mechreward.train.arms import NEIGHBOURS, sampling
+from mechreward.train.config import Count, ExperimentConfig, Positive, Text
 from mechreward.verifiers.golds import gold, golds, verdicts
 
 Rate = Annotated[float, Field(gt=0)]

@@ -14,9 +14,9 @@ import yaml
 
 from crl import experiment
 from crl.experiment import CRLConfig
-from mechreward.experiments.results import Run, difference, finished_runs, over_seeds, read_runs, without_infinities
 from mechreward.integrations.made import made_by, made_sentence
 from mechreward.integrations.recording import ENVIRONMENT
+from mechreward.train.results import Run, difference, finished_runs, over_seeds, read_runs, without_infinities
 
 Report = dict[str, Any]
 SCORES = {

@@ -20,9 +20,6 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from mechreward import verifiers
-from mechreward.experiments import arms
-from mechreward.experiments.config import Arm, Count, ExperimentConfig, Positive
-from mechreward.experiments.data import load
 from mechreward.features.catalog import load_pack
 from mechreward.hacking.adversarial import AdversarialSuite
 from mechreward.hacking.dual_verifier import Disagreement
@@ -49,6 +46,9 @@ from mechreward.rollout.batch import RolloutBatch
 from mechreward.rollout.hf import HFSource, sample
 from mechreward.rollout.labelled import sample_rollouts
 from mechreward.sae.registry import load_sae
+from mechreward.train import arms
+from mechreward.train.config import Arm, Count, ExperimentConfig, Positive
+from mechreward.train.data import load
 
 
 class HackingArm(Arm):

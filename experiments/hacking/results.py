@@ -21,9 +21,6 @@ from hacking import defences
 from hacking.defences import Defence, HackingConfig
 from mechreward import verifiers
 from mechreward.errors import ConfigError
-from mechreward.experiments import arms
-from mechreward.experiments.data import load
-from mechreward.experiments.results import Run, read_run, resampled_interval, t_interval
 from mechreward.hacking.adversarial import AdversarialSuite
 from mechreward.hacking.redteam.campaign import cue_tokens
 from mechreward.hacking.redteam.search import best_of_n
@@ -35,6 +32,9 @@ from mechreward.readout import Readings, ReadoutBank, Request
 from mechreward.reward.guards import Guard, apply_guards
 from mechreward.rollout.batch import RolloutBatch
 from mechreward.rollout.hf import read_forward
+from mechreward.train import arms
+from mechreward.train.data import load
+from mechreward.train.results import Run, read_run, resampled_interval, t_interval
 
 Floats = NDArray[np.float64]
 

@@ -28,12 +28,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mechreward.errors import ConfigError, DataError
-from mechreward.experiments import arms, runner
 from mechreward.integrations.recording import ENVIRONMENT, environment, write_json
 from mechreward.pocket.questions import corpus_completion, questions
 from mechreward.reward.composition import CompositeReward
 from mechreward.reward.feature_reward import FeatureReward
 from mechreward.rollout.hf import HFSource, load_model
+from mechreward.train import arms, runner
 from sarm import model as method
 from sarm.config import Cell, SarmConfig, SarmGrpo
 from sarm.model import Recipe, Sarm, SarmReward, SarmSettings, Tokens, TopKSAE

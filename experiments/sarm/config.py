@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from mechreward import pocket
-from mechreward.experiments.config import Arm, Count, ExperimentConfig, Positive, Text
 from mechreward.schema import Strict
+from mechreward.train.config import Arm, Count, ExperimentConfig, Positive, Text
 from sarm.model import Mode, Reconstructs
 
 Rate = Annotated[float, Field(gt=0)]

@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 
 from mechreward.errors import ConfigError
-from mechreward.experiments.results import (
+from mechreward.integrations.made import Made, made_by, made_sentence
+from mechreward.integrations.recording import ENVIRONMENT, environment
+from mechreward.train.results import (
     Difference,
     Run,
     finished_runs,
@@ -21,9 +23,7 @@ from mechreward.experiments.results import (
     t_interval,
     without_infinities,
 )
-from mechreward.experiments.results import difference as paired_difference
-from mechreward.integrations.made import Made, made_by, made_sentence
-from mechreward.integrations.recording import ENVIRONMENT, environment
+from mechreward.train.results import difference as paired_difference
 from sarm.config import SarmConfig
 
 Found = dict[str, list[dict[str, Any]]]

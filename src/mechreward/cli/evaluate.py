@@ -14,7 +14,7 @@ from mechreward.cli.train import POCKET_ROWS
 from mechreward.errors import ConfigError
 
 if TYPE_CHECKING:
-    from mechreward.experiments.evaluation import Asked
+    from mechreward.train.evaluation import Asked
 
 WITH_A_RUN = ("measured", "tasks", "task_questions", "pocket_suite", "out", "as_json")
 """Options that a run's configuration does not decide."""
@@ -56,10 +56,10 @@ def evaluate(
     mechreward eval google/gemma-2-2b --data openai/gsm8k --subset main --prompt "{question}" --verifier gsm8k
     --tasks hellaswag:acc_norm,arc_easy
     """
-    from mechreward.experiments import evaluation
-    from mechreward.experiments.capability import PocketSuite
-    from mechreward.experiments.runner import quiet
     from mechreward.probes.training import check_writable
+    from mechreward.train import evaluation
+    from mechreward.train.capability import PocketSuite
+    from mechreward.train.runner import quiet
 
     a_run = (Path(measured) / "config.yaml").exists()
     asked = evaluation.of_run(Path(measured)) if a_run else _asked(ctx.params)
@@ -92,9 +92,9 @@ def _asked(options: dict[str, Any]) -> Asked:
     from pydantic import ValidationError
 
     from mechreward import pocket
-    from mechreward.experiments.config import ExperimentConfig
-    from mechreward.experiments.evaluation import Asked
     from mechreward.schema import most_telling, sentence
+    from mechreward.train.config import ExperimentConfig
+    from mechreward.train.evaluation import Asked
 
     model, data = options["measured"], options["data"]
     if data is None and pocket.resolve(model) != pocket.path():

@@ -112,9 +112,9 @@ def redteam(
 
     Example: mechreward redteam pocket/reasoning_pack --attack templates --attack best-of-n
     """
-    from mechreward.experiments.sampling import Sampling
     from mechreward.hacking.redteam.campaign import NAMES, Plan
     from mechreward.hacking.redteam.policy import KINDS, Training
+    from mechreward.train.sampling import Sampling
 
     chosen = list(dict.fromkeys(attack or NAMES))
     _check(chosen, train, learning_rate, family)

@@ -96,8 +96,8 @@ def _train(
     ctx: typer.Context, config: Path | None, arm: Any, seed: Any, jobs: int, report_to: list[str]
 ) -> tuple[list[Path], str]:
     """Make the runs; their folders, and the one that holds them all."""
-    from mechreward.experiments.config import read_config
-    from mechreward.experiments.runner import carry_out, check_trackers, chosen_runs
+    from mechreward.train.config import read_config
+    from mechreward.train.runner import carry_out, check_trackers, chosen_runs
 
     check_trackers(report_to)
     given = [name for name in ctx.params if getattr(ctx.get_parameter_source(name), "name", "") == "COMMANDLINE"]
@@ -206,8 +206,8 @@ def _written(made: dict[str, Any]) -> Path:
     import yaml
     from pydantic import ValidationError
 
-    from mechreward.experiments.config import ExperimentConfig
     from mechreward.schema import most_telling, sentence
+    from mechreward.train.config import ExperimentConfig
 
     try:
         ExperimentConfig.model_validate(made)

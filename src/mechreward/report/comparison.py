@@ -1,6 +1,6 @@
 """Runs side by side: a row for each arm, and in words what its difference to the baseline allows one to say.
 
-The statistics are those of :mod:`mechreward.experiments.results`: paired by seed and question, two intervals, and a
+The statistics are those of :mod:`mechreward.train.results`: paired by seed and question, two intervals, and a
 difference counts as shown only if both leave out 0. Arms that were not trained alike are not compared.
 """
 
@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from mechreward.errors import ConfigError, nearest
-from mechreward.experiments.page import verdict
-from mechreward.experiments.results import (
+from mechreward.report.runs import Folder
+from mechreward.train.page import verdict
+from mechreward.train.results import (
     Difference,
     Run,
     difference,
@@ -23,8 +24,7 @@ from mechreward.experiments.results import (
     t_interval,
     without_infinities,
 )
-from mechreward.experiments.runner import first_difference
-from mechreward.report.runs import Folder
+from mechreward.train.runner import first_difference
 
 ENDS = 5
 """Training steps that a figure at the start or the end of a training is the mean of."""

@@ -11,7 +11,7 @@ from mechreward.extras import require
 from mechreward.integrations.made import made_sentence
 
 Report = dict[str, Any]
-"""What :func:`mechreward.experiments.results.compare` returns."""
+"""What :func:`mechreward.train.results.compare` returns."""
 
 
 def markdown(report: Report) -> str:

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from mechreward import pocket
 from mechreward.errors import ConfigError, nearest
-from mechreward.experiments.config import Source
 from mechreward.extras import require
 from mechreward.schema import shown
+from mechreward.train.config import Source
 from mechreward.verifiers.golds import gold
 
 if TYPE_CHECKING:

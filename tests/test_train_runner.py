@@ -23,10 +23,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mechreward as mr
 from mechreward.errors import ConfigError, MechRewardError
-from mechreward.experiments import arms, data, runner
-from mechreward.experiments.config import read_config
 from mechreward.integrations import recording
-from test_experiment_config import TEXT, one_sentence, swapped, tiny
+from mechreward.train import arms, data, runner
+from mechreward.train.config import read_config
+from test_train_config import TEXT, one_sentence, swapped, tiny
 
 ROOT = Path(__file__).parent.parent
 REASONING = mr.load_pack("pocket/reasoning_pack")

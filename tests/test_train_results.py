@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from mechreward.errors import ConfigError
-from mechreward.experiments import page, results
-from mechreward.experiments.results import Difference, Run, difference, resampled_interval, steps_to_reach, t_interval
-from test_experiment_config import TINY, one_sentence, tiny
+from mechreward.train import page, results
+from mechreward.train.results import Difference, Run, difference, resampled_interval, steps_to_reach, t_interval
+from test_train_config import TINY, one_sentence, tiny
 
 ROOT = Path(__file__).parent.parent
 NAN = float("nan")

@@ -1,6 +1,6 @@
 """What a model could do before it was trained with RL, and what it still can: the comparison, question by question.
 
-Before and after are measured on the same questions (:mod:`mechreward.experiments.capability_tasks`), so that they are
+Before and after are measured on the same questions (:mod:`mechreward.train.capability_tasks`), so that they are
 compared in pairs. A regression of more than :data:`LIMIT` is flagged; whether it is significant is said as well; and
 where none is shown, the interval says which ones the data leave possible.
 """
@@ -20,10 +20,10 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from scipy import stats
 
 from mechreward.errors import ConfigError, DataError
-from mechreward.experiments.config import Count, Positive, Text
-from mechreward.experiments.results import DRAWS, t_interval
 from mechreward.integrations.made import made_sentence
 from mechreward.schema import Strict, most_telling, sentence
+from mechreward.train.config import Count, Positive, Text
+from mechreward.train.results import DRAWS, t_interval
 
 LIMIT = 0.02
 """A regression of more than this is flagged: two points of accuracy, or a perplexity that is 2 % higher."""

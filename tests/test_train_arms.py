@@ -14,16 +14,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mechreward as mr
 from mechreward.errors import CandidateWarning, ConfigError, DataError
-from mechreward.experiments import arms
-from mechreward.experiments.arms import Contrast, ShuffledReward
-from mechreward.experiments.config import Features
 from mechreward.features.pack import FeaturePack
 from mechreward.readout import HookPoint, Readings, direction
 from mechreward.reward.feature_reward import FeatureReward
 from mechreward.reward.outcome import OutcomeReward
 from mechreward.rollout import hf, labelled
 from mechreward.rollout.batch import RolloutBatch
-from test_experiment_config import one_sentence, tiny
+from mechreward.train import arms
+from mechreward.train.arms import Contrast, ShuffledReward
+from mechreward.train.config import Features
+from test_train_config import one_sentence, tiny
 
 REASONING = mr.load_pack("pocket/reasoning_pack")
 IDS, WEIGHTS = [f.id for f in REASONING.features], [f.weight for f in REASONING.features]

@@ -30,8 +30,6 @@ import yaml
 
 from mechreward import pocket, verifiers
 from mechreward.errors import ConfigError, MechRewardError, RewardError, nearest
-from mechreward.experiments import arms, data
-from mechreward.experiments.config import ExperimentConfig, read_config
 from mechreward.extras import require
 from mechreward.features.catalog import load_pack
 from mechreward.integrations.recording import (
@@ -51,6 +49,8 @@ from mechreward.reward.outcome import OutcomeReward
 from mechreward.rollout.batch import RolloutBatch
 from mechreward.rollout.hf import HFSource, keeping_softcap, sample
 from mechreward.schema import shown
+from mechreward.train import arms, data
+from mechreward.train.config import ExperimentConfig, read_config
 from mechreward.verifiers.golds import golds, verdicts
 
 TRACED = 40

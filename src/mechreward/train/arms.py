@@ -20,8 +20,6 @@ from torch import Tensor
 from mechreward import verifiers
 from mechreward.aggregation import aggregation
 from mechreward.errors import ConfigError
-from mechreward.experiments.config import Arm, ExperimentConfig, Features
-from mechreward.experiments.data import load
 from mechreward.features.catalog import load_pack
 from mechreward.features.discover import select
 from mechreward.features.frozen import check_sae, frozen_readout
@@ -38,6 +36,8 @@ from mechreward.rollout.hf import load_model, over_tokens, read_in_pieces
 from mechreward.rollout.labelled import sample_rollouts
 from mechreward.sae.handle import SAEHandle
 from mechreward.sae.registry import load_sae
+from mechreward.train.config import Arm, ExperimentConfig, Features
+from mechreward.train.data import load
 
 NEIGHBOURS = 20
 """A random control is drawn from this many latents whose firing rates are nearest to the feature's."""

@@ -25,11 +25,11 @@ import yaml
 
 from mechreward import pocket, verifiers
 from mechreward.errors import ConfigError, nearest
-from mechreward.experiments.capability import CapabilityConfig, LmEvalTask, PocketSuite, Scores, matching
 from mechreward.extras import require
 from mechreward.integrations.recording import environment
 from mechreward.pocket.questions import Question, corpus_completion, questions
 from mechreward.rollout.hf import end_token, load_model, sample
+from mechreward.train.capability import CapabilityConfig, LmEvalTask, PocketSuite, Scores, matching
 
 FORMATS = {".jsonl": "json", ".json": "json", ".arrow": "arrow", ".parquet": "parquet"}
 MAX_NEW_TOKENS = 96

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 import mechreward as mr
 from mechreward.errors import ConfigError
-from mechreward.experiments import data
-from mechreward.experiments.config import ExperimentConfig, Source, read_config
+from mechreward.train import data
+from mechreward.train.config import ExperimentConfig, Source, read_config
 
 ROOT = Path(__file__).parent.parent
 ONE_TO_THREE = ("baseline", "mechreward_only", "hybrid")  # other experiments' configurations have tests of their own

@@ -12,10 +12,10 @@ import yaml
 from scipy import stats
 
 from mechreward.errors import ConfigError
-from mechreward.experiments import arms, runner
-from mechreward.experiments.capability import CapabilityConfig, LmEvalTask, PocketSuite, Scores
-from mechreward.experiments.config import ExperimentConfig
 from mechreward.rollout.hf import load_model, parse_dtype
+from mechreward.train import arms, runner
+from mechreward.train.capability import CapabilityConfig, LmEvalTask, PocketSuite, Scores
+from mechreward.train.config import ExperimentConfig
 from mechreward.unfinished import Steps
 
 
@@ -38,7 +38,7 @@ class Asked:
     @property
     def decides(self) -> dict[str, Any]:
         """All that its figures depend on."""
-        from mechreward.experiments.capability_tasks import fingerprint
+        from mechreward.train.capability_tasks import fingerprint
 
         settings = self.config.model_dump(mode="json", include={"verifier", "data", "evaluation", "training"})
         weights = fingerprint(self.model)
@@ -119,7 +119,7 @@ def capabilities(
     """
     if not tasks and suite is None:
         return {}
-    from mechreward.experiments.capability_tasks import measure
+    from mechreward.train.capability_tasks import measure
 
     nothing = {"nothing": {"models": model, "made_by": "mechreward eval"}}
     config = CapabilityConfig(name="eval", before=model, after=nothing, pocket=suite, lm_eval=tasks, seed=seed)  # pyright: ignore[reportArgumentType]

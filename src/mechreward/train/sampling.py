@@ -12,11 +12,11 @@ from pydantic import ValidationError
 
 from mechreward import pocket, verifiers
 from mechreward.errors import ConfigError, DataError, nearest
-from mechreward.experiments.config import Source
-from mechreward.experiments.data import load
 from mechreward.features.discover import digest
 from mechreward.rollout.labelled import Labelled, holds_rollouts, read_rollouts, sample_rollouts, write_rollouts
 from mechreward.schema import most_telling, sentence
+from mechreward.train.config import Source
+from mechreward.train.data import load
 from mechreward.unfinished import TellStage, Unfinished, silent
 
 
