@@ -3,19 +3,20 @@
     python experiments/04_sarm_reproduction.py --config configs/sarm.yaml
     python experiments/04_sarm_reproduction.py --config configs/sarm.yaml --stage report
 
-Makes preference pairs, trains reward models on them, trains policies with some of these as the reward, and writes
-experiments/results/<name>.{json,md}. What is finished is not done again: the same command goes on where it was
-interrupted.
+Four stages, each of which skips what it finds finished in the experiment's folder:
+
+- pairs: preferences, read from a file or the hub; or, on `pocket`, sampled from the model itself and judged by the
+  verifier, right answers preferred to wrong ones of the same question;
+- models: for every seed, reward models that differ in one thing each, and what else can rank a pair;
+- grpo: some of them as the only reward of a policy, at the budget of experiments 01 to 03;
+- report: experiments/results/<name>.{json,md}.
 """
 
 import argparse
 import gc
-import sys
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
-from mechreward.errors import ConfigError, MechRewardError, nearest
+from common.cli import start
+from common.tables import write_results
 from mechreward.train import runner
 from mechreward.train.config import read_config
 from sarm import cells, results
@@ -24,57 +25,33 @@ from sarm.config import SarmConfig
 STAGES = ("pairs", "models", "grpo", "report")
 
 
-def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, type=Path, help="the experiment's YAML file")
-    parser.add_argument("--stage", choices=STAGES, help="only this; default: all, one after the other")
-    parser.add_argument("--cell", action="append", help="only this cell (may be repeated); default: all")
-    parser.add_argument("--arm", action="append", help="only this arm of GRPO (may be repeated); default: all")
-    parser.add_argument("--seed", action="append", type=int, help="only this seed (may be repeated); default: all")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder for the results")
-    parser.add_argument("--debug", action="store_true", help="show where an error comes from")
-    options = parser.parse_args()
+def work(options: argparse.Namespace) -> None:
+    """Carry out the chosen stages."""
     runner.quiet()
-    try:
-        config = read_config(options.config, SarmConfig)
-        for stage in [options.stage] if options.stage else STAGES:
-            _carry_out(stage, config, options)
-    except MechRewardError as error:
-        if options.debug:
-            raise
-        sys.exit(f"Error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("\nInterrupted. The same command goes on from what is finished.")
-
-
-def _carry_out(stage: str, config: SarmConfig, options: argparse.Namespace) -> None:
-    if stage == "pairs":
-        _ = cells.Workshop(config).sets
-    elif stage == "models":
-        shop = cells.Workshop(config)
-        for cell, seed in _chosen("cell", config.cells, config.seeds, options.cell, options.seed):
-            cells.make_cell(shop, cell, seed)
-    elif stage == "grpo" and config.grpo is not None:
-        for arm, seed in _chosen("arm", config.grpo.arms, config.grpo.seeds, options.arm, options.seed):
-            runner.run(config.grpo, arm, seed, outfit=cells.outfit(config))
-            gc.collect()  # a trainer and its model hold each other
-    elif stage == "report":
-        print(results.write(config, options.out))
-
-
-def _chosen(
-    what: str, names: Mapping[str, Any], seeds: list[int], only: list[str] | None, only_seeds: list[int] | None
-) -> list[tuple[str, int]]:
-    """What to make, everything of a seed before the next seed."""
-    for name in only or []:
-        if name not in names:
-            raise ConfigError(f"There is no {what} '{name}'; there are {', '.join(names)}.{nearest(name, names)}")
-    for seed in only_seeds or []:
-        if seed not in seeds:
-            raise ConfigError(f"The configuration has no seed {seed}: it has {', '.join(map(str, seeds))}.")
-    return [(name, seed) for seed in only_seeds or seeds for name in only or names]
+    config = read_config(options.config, SarmConfig)
+    for stage in [options.stage] if options.stage else STAGES:
+        if stage == "pairs":
+            _ = cells.Pipeline(config).sets
+        elif stage == "models":
+            pipeline = cells.Pipeline(config)
+            for cell, seed in runner.chosen_runs(config.cells, config.seeds, options.cell, options.seed, "cell"):
+                cells.make_cell(pipeline, cell, seed)
+        elif stage == "grpo" and config.grpo is not None:
+            for arm, seed in runner.chosen_runs(config.grpo.arms, config.grpo.seeds, options.arm, options.seed):
+                runner.run(config.grpo, arm, seed, setup=cells.setup(config))
+                gc.collect()  # a trainer and its model hold each other
+        elif stage == "report":
+            report = results.report(config)
+            write_results(options.out / config.name, report, results.markdown(report), flat=True)
 
 
 if __name__ == "__main__":
-    main()
+    start(
+        __doc__,
+        work,
+        "config arm seed out",
+        {
+            "--stage": {"choices": STAGES, "help": "only this; default: all, one after the other"},
+            "--cell": {"action": "append", "help": "only this cell (may be repeated); default: all"},
+        },
+    )

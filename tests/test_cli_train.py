@@ -40,7 +40,7 @@ def runs(monkeypatch):
     """The runs that would have been made, with what the runner was told."""
     made = []
 
-    def stand_in(config, arm, seed, tell, outfit, report_to, progress):
+    def stand_in(config, arm, seed, log, setup, report_to, progress):
         made.append((config, arm, seed, list(report_to)))
         return runner.folder_of(config, arm, seed)
 

@@ -83,7 +83,7 @@ def test_a_blind_attackers_detectors_are_given_the_features_only(tmp_path, monke
         deviation=1.0,
     )
     monkeypatch.setattr(defences, "prepared", lambda config: defence)
-    defences.outfit(read_config(file, HackingConfig), "none", 0, tmp_path)
+    defences.setup(read_config(file, HackingConfig), "none", 0, tmp_path)
     assert given == [{"both": "both", "features": features}[knows]]
 
 

@@ -260,7 +260,7 @@ class TestRecipes:
         file = tmp_path / "own_pack.json"
         recipe(n_positive=2, n_negative=1).write(file)
         contrast = planted(d_sae=2048)
-        monkeypatch.setattr(arms, "prepared", lambda config, pack, sae: contrast)
+        monkeypatch.setattr(arms, "cached_contrast", lambda config, pack, sae: contrast)
         reward = arms.feature_reward(tiny(tmp_path), Features(pack=str(file), control=control), seed=0)
         ids = [int(label.split("_")[1]) for label in reward.readout.labels if label.startswith("feature_")]
         x, spread = contrast.residual.astype(np.float64), contrast.latents.astype(np.float64).std(axis=0)
@@ -298,7 +298,7 @@ class TestBuild:
         assert (reward.aggregation, reward.request.reads) == ("per_token", "reference")
 
     def test_the_seed_reaches_the_controls(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(arms, "prepared", lambda config, pack, sae: planted(d_sae=2048))
+        monkeypatch.setattr(arms, "cached_contrast", lambda config, pack, sae: planted(d_sae=2048))
         for control, of in (("shuffled", lambda r: r.seed), ("random", lambda r: r.readout.labels)):
             made = [
                 of(arms.feature_reward(tiny(tmp_path), Features(pack=REASONING.name, control=control), seed))
@@ -420,7 +420,7 @@ class TestPrepared:
         return calls
 
     def test_it_is_made_once(self, tmp_path, made):
-        first, second = (arms.prepared(tiny(tmp_path / "deep" / "er"), REASONING, None) for _ in range(2))
+        first, second = (arms.cached_contrast(tiny(tmp_path / "deep" / "er"), REASONING, None) for _ in range(2))
         assert len(made) == 1
         for name, value in vars(first).items():
             np.testing.assert_array_equal(value, vars(second)[name])
@@ -430,7 +430,7 @@ class TestPrepared:
         assert set(load_file(file)) == {"latents", "residual", "firing", "right"}
 
     def test_it_is_shared_by_what_it_does_not_depend_on(self, tmp_path, made):
-        arms.prepared(tiny(tmp_path), REASONING, None)
+        arms.cached_contrast(tiny(tmp_path), REASONING, None)
         for change in (
             {"seeds": [8]},
             {"arms": {"outcome": {"outcome": 1.0}}},
@@ -439,7 +439,7 @@ class TestPrepared:
             {"evaluation": {"every": 1, "questions": 3}},
             {"watch": []},
         ):
-            arms.prepared(tiny(tmp_path, **change), REASONING, None)
+            arms.cached_contrast(tiny(tmp_path, **change), REASONING, None)
         assert len(made) == 1
 
     @pytest.mark.parametrize(
@@ -458,18 +458,18 @@ class TestPrepared:
         ids=str,
     )
     def test_another_one_is_made_when_what_decides_it_changes(self, tmp_path, made, change):
-        one = arms.prepared(tiny(tmp_path), REASONING, None)
-        other = arms.prepared(tiny(tmp_path, **change), REASONING, None)
+        one = arms.cached_contrast(tiny(tmp_path), REASONING, None)
+        other = arms.cached_contrast(tiny(tmp_path, **change), REASONING, None)
         assert len(made) == 2 and not np.array_equal(one.latents, other.latents)
 
     def test_another_pack_makes_another_one_only_if_it_reads_otherwise(self, tmp_path, made):
         config = tiny(tmp_path)
-        arms.prepared(config, REASONING, None)
-        arms.prepared(config, REASONING.model_copy(update={"name": "mine", "features": []}), None)
+        arms.cached_contrast(config, REASONING, None)
+        arms.cached_contrast(config, REASONING.model_copy(update={"name": "mine", "features": []}), None)
         assert len(made) == 1
-        arms.prepared(config, REASONING.model_copy(update={"aggregation": "mean"}), None)
+        arms.cached_contrast(config, REASONING.model_copy(update={"aggregation": "mean"}), None)
         topk = REASONING.sae.model_copy(update={"sae_id": "layer_2/width_2k/topk"})
-        arms.prepared(config, REASONING.model_copy(update={"sae": topk}), None)
+        arms.cached_contrast(config, REASONING.model_copy(update={"sae": topk}), None)
         assert len(made) == 3
 
     def test_a_file_that_was_cut_off_is_never_taken_for_a_whole_one(self, tmp_path, made, monkeypatch):
@@ -479,8 +479,8 @@ class TestPrepared:
 
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(arms, "save_file", cut_off)
-            arms.prepared(tiny(tmp_path), REASONING, None)
-        arms.prepared(tiny(tmp_path), REASONING, None)
+            arms.cached_contrast(tiny(tmp_path), REASONING, None)
+        arms.cached_contrast(tiny(tmp_path), REASONING, None)
         assert len(made) == 2
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import mechreward as mr
 from mechreward.errors import ConfigError
 from mechreward.train import data
-from mechreward.train.config import ExperimentConfig, Source, read_config
+from mechreward.train.config import ExperimentConfig, QuestionSource, read_config
 
 ROOT = Path(__file__).parent.parent
 ONE_TO_THREE = ("baseline", "mechreward_only", "hybrid")  # other experiments' configurations have tests of their own
@@ -347,7 +347,7 @@ def gsm8k(tmp_path):
 
 
 def questions(*sources):
-    return data.load([Source(**source) for source in sources]).to_list()
+    return data.load([QuestionSource(**source) for source in sources]).to_list()
 
 
 def refuses(source) -> str:

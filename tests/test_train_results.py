@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from common import comparison, page
+from common.comparison import steps_to_reach
 from mechreward.errors import ConfigError
-from mechreward.train import page, results
-from mechreward.train.results import Difference, Run, difference, resampled_interval, steps_to_reach, t_interval
+from mechreward.train.results import Difference, Run, difference, resampled_interval, t_interval
 from test_train_config import TINY, one_sentence, tiny
 
 ROOT = Path(__file__).parent.parent
@@ -242,7 +243,7 @@ def output(tmp_path):
 
 @pytest.fixture
 def report(output):
-    return results.compare(output, "outcome", 0.6)
+    return comparison.compare(output, "outcome", 0.6)
 
 
 class TestCompare:
@@ -289,31 +290,31 @@ class TestCompare:
         assert base["readings"]["reasoning_pack"]["auc"][0]["mean"] == 1.0
 
     def test_the_median_counts_those_that_never_arrive(self):
-        assert results._median([1.0, None, 3.0]) == 3.0 and results._median([1.0, None, None]) is None
+        assert comparison._median([1.0, None, 3.0]) == 3.0 and comparison._median([1.0, None, None]) is None
 
     def test_unequal_budgets_are_refused(self, output):
         config = tiny(output, training={"learning_rate": 2e-3})
         folder = write_run(output, "hero", 0, RIGHT["sum"][0], config)
         with pytest.raises(ConfigError, match="not run at equal budget") as caught:
-            results.compare(output, "outcome", 0.6)
+            comparison.compare(output, "outcome", 0.6)
         assert str(folder) in one_sentence(caught.value)
 
     def test_two_rewards_under_one_name_are_refused(self, output):
         weaker = {"sum": {"outcome": 1.0, "features": {"pack": "pocket/reasoning_pack", "weight": 0.1}}}
         folder = write_run(output, "sum", 3, RIGHT["sum"][0], tiny(output, arms=weaker))
         with pytest.raises(ConfigError) as caught:
-            results.compare(output, "outcome", 0.6)
+            comparison.compare(output, "outcome", 0.6)
         assert str(folder) in one_sentence(caught.value)
 
     def test_unfinished_runs_are_left_out(self, output):
         (write_run(output, "sum", 3, RIGHT["sum"][0]) / "summary.json").unlink()
-        assert results.compare(output, "outcome", 0.6)["arms"]["sum"]["seeds"] == [0, 1, 2]
+        assert comparison.compare(output, "outcome", 0.6)["arms"]["sum"]["seeds"] == [0, 1, 2]
 
     def test_nothing_to_compare(self, tmp_path, output):
         with pytest.raises(ConfigError, match="holds no finished run"):
-            results.compare(tmp_path / "nothing", "outcome", 0.6)
+            comparison.compare(tmp_path / "nothing", "outcome", 0.6)
         with pytest.raises(ConfigError, match="Did you mean 'outcome'") as caught:
-            results.compare(output, "outcom", 0.6)
+            comparison.compare(output, "outcom", 0.6)
         assert "only outcome, sum" in one_sentence(caught.value)
 
     def test_steps_that_only_some_answers_have(self, output):
@@ -329,7 +330,7 @@ class TestCompare:
                     elif record["question"] % 10 == 1:
                         record["right_steps"] = None
                 file.write_text("".join(json.dumps(r) + "\n" for r in records))
-        found = results.compare(output / "mixed", "outcome", 0.6)["arms"]["sum"]
+        found = comparison.compare(output / "mixed", "outcome", 0.6)["arms"]["sum"]
         # Seed 7 knows questions 2 and 3, seed 8 questions 0 and 3; half of the right answers' steps are right.
         assert found["curves"]["right_steps"]["per_seed"] == [[0.25, 0.5, 0.5], [0.0, 0.5, 0.5]]
 
@@ -369,17 +370,17 @@ class TestPage:
         for seed in range(3):
             for arm, right in (("outcome", worse), ("equal", worse), ("sum", better)):
                 write_run(tmp_path, arm, seed, right)
-        text = page.markdown(results.compare(tmp_path, "outcome", 0.6))
+        text = page.markdown(comparison.compare(tmp_path, "outcome", 0.6))
         assert "- `sum` is more accurate: +1.000 (+1.000 to +1.000)." in text
         assert "- `equal`: no difference shown. Anything from +0.000 to +0.000" in text
         assert "Arms compared: 2, without correction" in text
-        text = page.markdown(results.compare(tmp_path, "sum", 0.6))
+        text = page.markdown(comparison.compare(tmp_path, "sum", 0.6))
         assert "- `outcome` is less accurate: -1.000" in text
 
     def test_an_arm_that_trains_nothing_has_no_log(self, output):
         for file in output.glob("sum/seed-*/metrics.jsonl"):
             file.write_text("")
-        text = page.markdown(results.compare(output, "outcome", 0.6))
+        text = page.markdown(comparison.compare(output, "outcome", 0.6))
         assert cells(text, "### What else", "sum")[4:] == ["?", "", "?", "?"]
 
     def test_the_figure_shows_every_arm(self, report, tmp_path):
@@ -423,7 +424,7 @@ class TestScript:
             0.25,
         ]
         text = (tmp_path / "out" / "runs.md").read_text()
-        assert text == page.markdown(results.compare(output, "outcome", 0.5)) and text in capsys.readouterr().out
+        assert text == page.markdown(comparison.compare(output, "outcome", 0.5)) and text in capsys.readouterr().out
 
     def test_a_folder_with_a_dot_in_its_name(self, output, tmp_path, monkeypatch):
         dotted = output.rename(tmp_path / "qwen2.5")

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import mechreward as mr
 from mechreward.errors import ConfigError, MechRewardError
 from mechreward.integrations import recording
-from mechreward.train import arms, data, runner
+from mechreward.train import arms, data, evaluation, runner
 from mechreward.train.config import read_config
 from test_train_config import TEXT, one_sentence, swapped, tiny
 
@@ -125,11 +125,11 @@ class TestRecords:
         rows = [{"step": step, "k": k} for step in (0, 1, 2, 2, 3, 4) for k in range(2)]
         for name in ("metrics.jsonl", "samples.jsonl"):
             (tmp_path / name).write_text("".join(json.dumps(r) + "\n" for r in rows) + '{"step": 5, ')
-        runner._forget_after(tmp_path, 2)
+        runner.forget(tmp_path, 2)
         for name in ("metrics.jsonl", "samples.jsonl"):
             assert recording.read_jsonl(tmp_path / name) == [r for r in rows if r["step"] <= 2]
         assert len(list(tmp_path.iterdir())) == 2
-        runner._forget_after(tmp_path, -1)  # no checkpoint: the start is evaluated again, too
+        runner.forget(tmp_path, -1)  # no checkpoint: the start is evaluated again, too
         assert recording.read_jsonl(tmp_path / "samples.jsonl") == []
 
 
@@ -140,7 +140,7 @@ class TestTestQuestions:
     def test_every_seed_draws_its_own(self, tmp_path):
         config = tiny(tmp_path)
         everything = mr.pocket.dataset("test", 40).to_list()
-        drawn = [runner.test_questions(config, seed).to_list() for seed in (0, 0, 1)]
+        drawn = [evaluation.test_questions(config, seed).to_list() for seed in (0, 0, 1)]
         assert drawn[0] == drawn[1] != drawn[2]
         for rows in drawn:
             numbers = [row["number"] for row in rows]
@@ -150,7 +150,7 @@ class TestTestQuestions:
 
     def test_no_more_than_there_are(self, tmp_path):
         for questions in (None, 40, 1000):
-            rows = runner.test_questions(tiny(tmp_path, evaluation={"questions": questions}), 3)
+            rows = evaluation.test_questions(tiny(tmp_path, evaluation={"questions": questions}), 3)
             assert rows["number"] == list(range(40))
 
 
@@ -164,8 +164,8 @@ def pocket():
 def evaluated(pocket, tmp_path_factory):
     """Two evaluations with one seed, of a model in training mode, and the rollouts behind them."""
     config = tiny(tmp_path_factory.mktemp("evaluated"), evaluation={"questions": 12, "batch_size": 8})
-    test, watched, batches = runner.test_questions(config, 0), arms.watched(config), []
-    sample = runner.sample
+    test, watched, batches = evaluation.test_questions(config, 0), arms.watched(config), []
+    sample = evaluation.sample
 
     def remember(*args, **options):
         batches.append(sample(*args, **options))
@@ -176,12 +176,12 @@ def evaluated(pocket, tmp_path_factory):
     before = torch.get_rng_state()
     model.train()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner, "sample", remember)
-        results = [runner.evaluate(model, tokenizer, test, config, watched, seed=5)]
+        patch.setattr(evaluation, "sample", remember)
+        results = [evaluation.evaluate(model, tokenizer, test, config, watched, seed=5)]
         kept = torch.equal(torch.get_rng_state(), before) and model.training
         torch.manual_seed(1)  # training has gone on
         model.eval()
-        results.append(runner.evaluate(model, tokenizer, test, config, watched, seed=5))
+        results.append(evaluation.evaluate(model, tokenizer, test, config, watched, seed=5))
         kept = kept and not model.training
     return SimpleNamespace(config=config, test=test, results=results, batch=batches[0], kept=kept)
 
@@ -240,7 +240,7 @@ class TestEvaluate:
         few = evaluated.test.select(range(6))
         options = (*pocket, few, evaluated.config, [])
         texts = [
-            [row["completion"] for row in runner.evaluate(*options, seed=seed, do_sample=sampled)[0]]
+            [row["completion"] for row in evaluation.evaluate(*options, seed=seed, do_sample=sampled)[0]]
             for seed, sampled in ((6, True), (7, True), (6, False), (7, False))
         ]
         assert texts[0] != texts[1] and texts[2] == texts[3] != texts[0]
@@ -262,7 +262,7 @@ class TestEvaluate:
                 ]
             },
         )
-        rows, figures = runner.evaluate(*pocket, runner.test_questions(config, 0), config, [], seed=0)
+        rows, figures = evaluation.evaluate(*pocket, evaluation.test_questions(config, 0), config, [], seed=0)
         assert ["right_steps" in row for row in rows] == [True, False]
         assert figures["right_steps"] == rows[0]["right_steps"]
 
@@ -316,7 +316,7 @@ class TestRun:
 
     def test_evaluations_are_the_means_of_the_samples(self, finished):
         got = recorded(finished[1])
-        numbers = [row["number"] for row in runner.test_questions(finished[0], 0)]
+        numbers = [row["number"] for row in evaluation.test_questions(finished[0], 0)]
         for record in got["evaluations.jsonl"]:
             rows = [r for r in got["samples.jsonl"] if r["step"] == record["step"]]
             assert [r["question"] for r in rows] == numbers  # the same at every step
@@ -328,9 +328,9 @@ class TestRun:
     def test_the_start_is_the_untrained_model_and_the_end_the_saved_one(self, finished, pocket):
         config, folder, _ = finished
         trained = AutoModelForCausalLM.from_pretrained(folder / "model").eval()
-        test, got = runner.test_questions(config, 0), recorded(folder)
+        test, got = evaluation.test_questions(config, 0), recorded(folder)
         for step, model in ((0, pocket[0]), (4, trained)):
-            rows, _ = runner.evaluate(model, pocket[1], test, config, arms.watched(config), seed=0)
+            rows, _ = evaluation.evaluate(model, pocket[1], test, config, arms.watched(config), seed=0)
             there = [r for r in got["samples.jsonl"] if r["step"] == step]
             assert [r["completion"] for r in rows] == [r["completion"] for r in there]
         assert not torch.equal(trained.model.layers[0].mlp.up_proj.weight, pocket[0].model.layers[0].mlp.up_proj.weight)
@@ -379,7 +379,7 @@ class Stop:
         monkeypatch.setattr(runner.Recorder, "on_step_end", on_step_end)
         monkeypatch.setattr(runner, "write_json", write_json)
 
-    def tell(self, line):
+    def log(self, line):
         if self.where == "at the evaluation of step 2" and "step   2" in line:
             self.stop()
 
@@ -395,7 +395,7 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(tmp_path, monkeyp
     config = config.model_copy(update={"output": str(tmp_path)})
     stop = Stop(monkeypatch, where)
     with pytest.raises(KeyboardInterrupt):
-        runner.run(config, "hero", 0, stop.tell)
+        runner.run(config, "hero", 0, stop.log)
     folder = tmp_path / "hero" / "seed-0"
     reached = sorted(c.name for c in folder.glob("checkpoint-*"))
     assert stop.done and not (folder / "summary.json").exists()
@@ -563,15 +563,15 @@ class TestScripts:
 
 
 class TestChosenRuns:
-    def test_all_arms_of_a_seed_come_before_the_next_seed(self, tmp_path):
-        config = tiny(tmp_path)
-        assert runner.chosen_runs(config, None, None) == [(a, s) for s in (0, 1) for a in ("outcome", "sum", "hero")]
-        assert runner.chosen_runs(config, ["hero"], None) == [("hero", 0), ("hero", 1)]
-        assert runner.chosen_runs(config, None, [1]) == [(a, 1) for a in ("outcome", "sum", "hero")]
+    def test_all_arms_of_a_seed_come_before_the_next_seed(self):
+        arms = ("outcome", "sum", "hero")
+        assert runner.chosen_runs(arms, [0, 1], None, None) == [(a, s) for s in (0, 1) for a in arms]
+        assert runner.chosen_runs(arms, [0, 1], ["hero"], None) == [("hero", 0), ("hero", 1)]
+        assert runner.chosen_runs(arms, [0, 1], None, [1]) == [(a, 1) for a in arms]
 
-    def test_what_is_named_twice_is_run_once(self, tmp_path):
+    def test_what_is_named_twice_is_run_once(self):
         # With --jobs two processes would write into one folder.
-        assert runner.chosen_runs(tiny(tmp_path), ["sum", "sum"], [1, 1]) == [("sum", 1)]
+        assert runner.chosen_runs(["outcome", "sum"], [0, 1], ["sum", "sum"], [1, 1]) == [("sum", 1)]
 
 
 def test_a_source_that_cannot_be_loaded_says_so_before_training(tmp_path):

@@ -1,15 +1,12 @@
 """Experiment 05: a policy that chooses which SAE features to add, the model left as it is; and what it must beat.
 
 An arm either trains such a policy (``policy``), or steers in a fixed way (``constant``, ``substitute``), or leaves the
-model alone (``none``). Run folders are those of :mod:`mechreward.train.runner`, with ``features.json``: how often
+model alone (``none``). Run folders are as in :mod:`mechreward.train.runner`, with ``features.json``: how often
 each feature was added on the test questions.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import re
 import time
 from collections import Counter
@@ -39,18 +36,17 @@ from crl.method import (
 )
 from mechreward import verifiers
 from mechreward.errors import ConfigError
-from mechreward.integrations.recording import ENVIRONMENT, append, environment, forget_after, read_jsonl, write_json
+from mechreward.integrations.recording import ENVIRONMENT, append, environment, read_jsonl, write_json
 from mechreward.readout import residual
 from mechreward.rollout.hf import load_model, read_in_pieces, sample
 from mechreward.sae.handle import SAEHandle
 from mechreward.sae.registry import load_sae
 from mechreward.schema import Strict
-from mechreward.train import data, runner
-from mechreward.train.arms import NEIGHBOURS, sampling
-from mechreward.train.config import Count, ExperimentConfig, Positive, Text
+from mechreward.train import data, evaluation, runner
+from mechreward.train.arms import NEIGHBOURS, cached_tensors, sampling
+from mechreward.train.config import Count, ExperimentConfig, NonEmpty, Positive, Rate
 from mechreward.verifiers.golds import gold, golds, verdicts
 
-Rate = Annotated[float, Field(gt=0)]
 CHECKPOINT = "checkpoint.pt"
 
 
@@ -58,23 +54,23 @@ CHECKPOINT = "checkpoint.pt"
 
 
 class Dictionary(Strict):
-    """The sparse autoencoder whose decoder steers: as in :func:`mechreward.load_sae`."""
+    """The sparse autoencoder whose decoder steers, as in :func:`mechreward.load_sae`."""
 
-    release: Text
-    sae_id: Text
+    release: NonEmpty
+    sae_id: NonEmpty
 
 
-class PPOTraining(Strict):
+class PPOSettings(Strict):
     """Budget and settings of the policy's training; names as in other experiments where they mean the same.
 
     Attributes:
-        max_steps: Batches of rollouts.
-        prompts_per_step, num_generations: Questions in a batch, and rollouts of each.
-        max_completion_length: Tokens.
-        temperature: At which the model samples.
+        max_steps: Number of batches of rollouts.
+        prompts_per_step, num_generations: Questions per batch, and rollouts per question.
+        max_completion_length: Maximum number of tokens of a rollout.
+        temperature: Sampling temperature of the model.
         coefficient: c, in units of the decoder rows' length.
-        learning_rate: Of policy and critic, constant (Adam).
-        clip, epochs, minibatches: Of PPO.
+        learning_rate: Constant learning rate of policy and critic (Adam).
+        clip, epochs, minibatches: PPO's settings.
         bf16: Keep the model, which is not trained, in bfloat16.
     """
 
@@ -95,8 +91,8 @@ class Round(Strict):
     """A round of the search for a constant feature.
 
     Attributes:
-        questions: That every feature still in the race is tried on, one rollout each.
-        keep: How many stay in.
+        questions: Questions on which every remaining feature is tried, one rollout each.
+        keep: Number of features that remain.
     """
 
     questions: Positive
@@ -110,14 +106,14 @@ class SteeringArm(Strict):
         steer: ``policy``: by one that PPO trains. ``constant``: one feature at every token, searched for on
             ``data.discovery``. ``substitute``: by the trained policy of the arm ``of`` with the same seed, each feature
             replaced by another that fires about as often. ``none``: not at all.
-        k: Features at a token (``policy``).
+        k: Features per token (``policy``).
         masking: See :mod:`crl.method`.
         directions: The SAE's, or random ones of the same lengths.
-        states: ``shuffled``: the policy reads a random token of another text in place of its own.
+        states: ``shuffled``: the policy reads a random token of another text instead of its own.
         of: See ``substitute``.
         search: Rounds (``constant``); the last keeps one.
-        begin_without: Texts whose first token the model may not begin its answer with, so that unsteered answers have
-            the format of steered ones (``none``).
+        begin_without: The model may not begin its answer with the first token of these texts, so that unsteered answers
+            have the format of steered ones (``none``).
     """
 
     steer: Literal["policy", "constant", "substitute", "none"] = "policy"
@@ -125,9 +121,9 @@ class SteeringArm(Strict):
     masking: Masking = "none"
     directions: Literal["sae", "random"] = "sae"
     states: Literal["own", "shuffled"] = "own"
-    of: Text | None = None
+    of: NonEmpty | None = None
     search: list[Round] = Field(default_factory=list)
-    begin_without: list[Text] = Field(default_factory=list)
+    begin_without: list[NonEmpty] = Field(default_factory=list)
 
     @model_validator(mode="after")
     def _is_complete(self) -> SteeringArm:
@@ -148,13 +144,13 @@ class Tuning(Strict):
     """Pilot runs of one policy on ``data.train`` alone, from which ``coefficient`` and ``learning_rate`` are taken.
 
     Attributes:
-        arm: Which arm is tuned.
+        arm: The arm that is tuned.
         coefficients: Tried first, at the first learning rate.
         learning_rates: Tried at the best coefficient.
-        seed: Of the pilots: none of the experiment's.
+        seed: Random seed of the pilots, none of the experiment's.
     """
 
-    arm: Text
+    arm: NonEmpty
     coefficients: Annotated[list[Rate], Field(min_length=1)]
     learning_rates: Annotated[list[Rate], Field(min_length=1)]
     seed: Count
@@ -164,14 +160,14 @@ class CRLConfig(ExperimentConfig):
     """Experiment 05.
 
     Attributes:
-        sae: Whose features are added.
-        training: Of the policy; the model is not trained.
-        tuning: What was tried before.
+        sae: The autoencoder whose features are added.
+        training: Settings of the policy's training; the model is not trained.
+        tuning: The pilots before the runs.
         arms: Ways of steering.
     """
 
     sae: Dictionary
-    training: PPOTraining  # pyright: ignore[reportIncompatibleVariableOverride]
+    training: PPOSettings  # pyright: ignore[reportIncompatibleVariableOverride]
     tuning: Tuning
     arms: Annotated[dict[str, SteeringArm], Field(min_length=1)]  # pyright: ignore[reportIncompatibleVariableOverride]
 
@@ -185,7 +181,7 @@ class CRLConfig(ExperimentConfig):
 
     def budget(self) -> dict[str, Any]:
         shared = {**super().budget(), "sae": self.sae.model_dump()}
-        # No KL: the model is not trained. The key is there for whoever compares it with those that are.
+        # No KL: the model is not trained. The comparison with experiments that train it reads the key.
         return {**shared, "training": {**shared["training"], "beta": 0.0}}
 
 
@@ -198,7 +194,7 @@ class Bench:
 
     Attributes:
         config: The experiment.
-        model, tokenizer: As they are; nothing here trains them.
+        model, tokenizer: The untrained model and its tokenizer.
         sae: The sparse autoencoder.
         directions: Its decoder's rows.
     """
@@ -210,41 +206,36 @@ class Bench:
     directions: Directions
 
     def answered(self, prompts: Sequence[str], steering: Steering) -> Any:
-        """Steered rollouts and their choices, sampled as in training."""
+        """Sample steered rollouts as in training; return them and their choices."""
         return steered_rollouts(self.model, self.tokenizer, prompts, steering, **sampling(self.config))
 
     def steering(self, choose: Chooser, directions: Directions | None = None, **how: Any) -> Steering:
-        """With the experiment's coefficient."""
+        """Make a steering with the experiment's coefficient."""
         chosen, c = directions or self.directions, self.config.training.coefficient
         return Steering(self.model, chosen, c, choose, **how)
 
     def right(self, texts: Sequence[str], answers: Sequence[str]) -> Tensor:
-        """1 for a right answer, 0 for any other, ``[n]``."""
+        """Return 1 for a right answer and 0 for any other, ``[n]``."""
         verifier = getattr(verifiers, self.config.verifier)
-        said = verdicts(verifier, texts, golds(verifier, answers, "answer"))
-        return torch.tensor([float(verdict is True) for verdict in said])
+        judged = verdicts(verifier, texts, golds(verifier, answers, "answer"))
+        return torch.tensor([float(verdict is True) for verdict in judged])
 
-    def kept(self, what: str, decides: dict[str, Any], make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """What several runs need: made once, and kept in the experiment's folder under a hash of what decides it."""
+    def cached(
+        self, name: str, cache_key: dict[str, Any], compute: Callable[[], dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """Return what several runs need, computed once and kept in the experiment's folder."""
         shared = {key: value for key, value in self.config.budget().items() if key != "evaluation"}
-        everything = json.dumps({**shared, "discovery": self.config.discovery.model_dump(), **decides}, sort_keys=True)
-        digest = hashlib.sha256(everything.encode()).hexdigest()[:12]
-        file = Path(self.config.output) / f"{what}-{digest}.safetensors"
-        if not file.exists():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = file.with_suffix(f".{os.getpid()}.part")
-            save_file(make(), unfinished)
-            unfinished.replace(file)
-        return load_file(file)
+        everything = {**shared, "discovery": self.config.discovery.model_dump(), **cache_key}
+        return cached_tensors(Path(self.config.output), name, everything, compute)
 
     def discovery(self) -> dict[str, Tensor]:
-        """Unsteered rollouts on ``data.discovery``.
+        """Read unsteered rollouts on ``data.discovery``.
 
         Returns:
             ``firing`` ``[d_sae]``, the share of tokens on which each latent fires; ``states`` ``[M, d_model]``, the
             residual vector of every token.
         """
-        return self.kept("discovery", {}, self._read_discovery)
+        return self.cached("discovery", {}, self._read_discovery)
 
     def _read_discovery(self) -> dict[str, Tensor]:
         questions, config = data.load(self.config.data.discovery), self.config
@@ -260,13 +251,13 @@ class Bench:
         return {"firing": fired / len(everything), "states": everything}
 
     def search(self, rounds: Sequence[Round]) -> dict[str, Tensor]:
-        """The race for a constant feature on ``data.discovery``: the most accurate of each round stay in it.
+        """Search for a constant feature on ``data.discovery``: the most accurate of each round remain.
 
         Returns:
             ``feature`` and its ``accuracy`` in the last round, and the number of ``rollouts``, ``[1]`` each.
         """
         plan = {"search": [r.model_dump() for r in rounds]}
-        return self.kept("search", plan, lambda: self._race(rounds))
+        return self.cached("search", plan, lambda: self._race(rounds))
 
     def _race(self, rounds: Sequence[Round]) -> dict[str, Tensor]:
         questions = data.load(self.config.data.discovery)
@@ -292,10 +283,10 @@ class Bench:
 
 
 def bench(config: CRLConfig) -> Bench:
-    """Load everything.
+    """Load the model and its SAE.
 
     Raises:
-        MechRewardError: The model or the SAE cannot be had.
+        MechRewardError: The model or the SAE is unavailable.
     """
     model, tokenizer = load_model(config.model, torch.bfloat16 if config.training.bf16 else torch.float32)
     sae = load_sae(config.sae.release, config.sae.sae_id)
@@ -303,7 +294,7 @@ def bench(config: CRLConfig) -> Bench:
 
 
 def substitutes(firing: Tensor, seed: int) -> Tensor:
-    """For each latent another, drawn from the :data:`NEIGHBOURS` nearest in (log) firing rate, ``[d_sae]``."""
+    """Return for each latent another, drawn from the :data:`NEIGHBOURS` nearest in (log) firing rate, ``[d_sae]``."""
     rng = np.random.default_rng([seed, 1])
     rate = np.log(np.maximum(firing.double().numpy(), 1e-9))
     others = []
@@ -313,17 +304,17 @@ def substitutes(firing: Tensor, seed: int) -> Tensor:
     return torch.tensor(others)
 
 
-# -- who steers -------------------------------------------------------------------------------------------------------
+# -- steering by arm --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
 class Steerer:
-    """What an arm steers with.
+    """An arm's way of steering.
 
     Attributes:
-        learning: Chooses in training, and is trained; None where nothing is.
+        learning: The policy that is trained; None where nothing is.
         testing: Makes the steering that is tested; None for an unsteered model.
-        training: Makes the steering of training.
+        training: Makes the steering of the training.
     """
 
     learning: ActorCritic | None
@@ -332,7 +323,7 @@ class Steerer:
 
 
 def steerer(bench: Bench, arm: SteeringArm, seed: int) -> Steerer:
-    """An arm's steering, before it is trained.
+    """Make an arm's steering, before it is trained.
 
     Raises:
         ConfigError: It needs a run that is not finished.
@@ -347,7 +338,7 @@ def steerer(bench: Bench, arm: SteeringArm, seed: int) -> Steerer:
         assert arm.of is not None  # the schema says so
         agent = trained(bench, arm.of, seed)
         other = substitutes(bench.discovery()["firing"], seed).to(device)
-        # The policy goes on reading what it was trained to read: what it chose itself at the token before.
+        # The policy reads what it was trained to read: its own choice at the token before.
         own: list[Tensor] = []
 
         def choose(states: Tensor, previous: Tensor) -> Tensor:
@@ -365,13 +356,13 @@ def steerer(bench: Bench, arm: SteeringArm, seed: int) -> Steerer:
 
 
 def strangers(states: Tensor, seed: int) -> Callable[[Tensor], Tensor]:
-    """In place of each token's state that of a random token of another text; with random numbers of its own."""
+    """Replace each token's state by that of a random token of another text, from an own random generator."""
     generator = torch.Generator().manual_seed(seed)
     return lambda own: states[torch.randint(len(states), (len(own),), generator=generator).to(states.device)]
 
 
 def new_agent(bench: Bench, arm: SteeringArm, seed: int) -> ActorCritic:
-    """An untrained policy; the seed decides its weights."""
+    """Make an untrained policy with the seed's weights."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         agent = ActorCritic(bench.sae.d_model, len(bench.directions), arm.k, arm.masking)
@@ -379,8 +370,8 @@ def new_agent(bench: Bench, arm: SteeringArm, seed: int) -> ActorCritic:
 
 
 def trained(bench: Bench, arm: str, seed: int) -> ActorCritic:
-    """The policy of a finished run."""
-    folder = Path(bench.config.output) / arm / f"seed-{seed}"
+    """Load the policy of a finished run."""
+    folder = runner.folder_of(bench.config, arm, seed)
     if not (folder / "summary.json").exists():
         raise ConfigError(f"{folder} is not finished, and its policy is needed: run `--arm {arm} --seed {seed}` first.")
     agent = new_agent(bench, bench.config.arms[arm], seed)
@@ -391,8 +382,8 @@ def trained(bench: Bench, arm: str, seed: int) -> ActorCritic:
 # -- one run ----------------------------------------------------------------------------------------------------------
 
 
-def run(bench: Bench, arm: str, seed: int, tell: Callable[[str], None] = print) -> Path:
-    """Carry out one arm with one seed, or go on where it was interrupted; a finished run is left as it is.
+def run(bench: Bench, arm: str, seed: int, log: runner.Log = print) -> Path:
+    """Run one arm with one seed, or resume the run; a finished run is left as it is.
 
     Returns:
         The run's folder.
@@ -401,21 +392,19 @@ def run(bench: Bench, arm: str, seed: int, tell: Callable[[str], None] = print) 
         ConfigError: The folder holds a run of another configuration.
     """
     config = bench.config
-    folder, decides = Path(config.output) / arm / f"seed-{seed}", config.run(arm, seed)
-    if (folder / "config.yaml").exists():
-        runner.claim(folder, decides)
-    if (folder / "summary.json").exists():
-        tell(f"{arm}, seed {seed}: finished before, in {folder}")
+    folder = runner.folder_of(config, arm, seed)
+    if runner.is_finished(folder, config.run(arm, seed)):
+        log(f"{arm}, seed {seed}: finished before, in {folder}")
         return folder
-    questions, test = data.load(config.data.train), runner.test_questions(config, seed)
+    questions, test = data.load(config.data.train), evaluation.test_questions(config, seed)
     runner.check_data(config, questions, test)
     steers = steerer(bench, config.arms[arm], seed)
-    runner.claim(folder, decides)
+    runner.claim(folder, config.run(arm, seed))
     if not (folder / CHECKPOINT).exists():  # a resumed run keeps the commit and date of its beginning
         write_json(folder / ENVIRONMENT, environment())
-    this = Recorded(bench, arm, seed, folder, test, steers, tell)
+    this = Recorded(bench, arm, seed, folder, test, steers, log)
     if steers.learning is None:
-        forget(folder, -1)
+        runner.forget(folder, -1)
         last = this.unchanging()
     else:
         last = train(this, questions)
@@ -427,12 +416,12 @@ def run(bench: Bench, arm: str, seed: int, tell: Callable[[str], None] = print) 
 
 
 def train(this: Recorded, questions: Any) -> dict[str, Any]:
-    """PPO, with an evaluation before the first step, every so often, and after the last."""
+    """Train by PPO, with an evaluation before the first step, every few steps, and after the last."""
     config, agent, makes = this.bench.config, this.steers.learning, this.steers.training
     assert agent is not None and makes is not None
     optimizer = torch.optim.Adam(agent.parameters(), lr=config.training.learning_rate)
     done = resumed(this.folder, agent, optimizer)
-    forget(this.folder, done)
+    runner.forget(this.folder, done)
     if done < 0:
         this.evaluate(0)
         done = 0
@@ -460,7 +449,7 @@ def one_step(
     seed: int,
     step: int,
 ) -> dict[str, float]:
-    """A batch of rollouts and PPO on them; seed and step decide all random numbers, so that a run can be resumed."""
+    """Sample a batch and train on it; seed and step determine all random numbers, so that a run can be resumed."""
     training, began = bench.config.training, time.monotonic()
     order = np.random.default_rng(seed).permutation(len(questions))
     asked = np.take(order, range((step - 1) * training.prompts_per_step, step * training.prompts_per_step), mode="wrap")
@@ -487,21 +476,15 @@ def one_step(
     }
 
 
-def forget(folder: Path, step: int) -> None:
-    """Drop what was recorded after a step: it is about to be computed again."""
-    for name in ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl"):
-        forget_after(folder / name, step)
-
-
 def keep(folder: Path, agent: ActorCritic, optimizer: torch.optim.Optimizer, step: int) -> None:
-    """A checkpoint, all or nothing."""
+    """Write a checkpoint atomically."""
     unfinished = folder / f"{CHECKPOINT}.part"
     torch.save({"agent": agent.state_dict(), "optimizer": optimizer.state_dict(), "step": step}, unfinished)
     unfinished.replace(folder / CHECKPOINT)
 
 
 def resumed(folder: Path, agent: ActorCritic, optimizer: torch.optim.Optimizer) -> int:
-    """The step of the last checkpoint, which is loaded; -1 without one."""
+    """Load the last checkpoint and return its step; -1 without one."""
     if not (folder / CHECKPOINT).exists():
         return -1
     state = torch.load(folder / CHECKPOINT, weights_only=True)
@@ -517,19 +500,19 @@ _MARK = re.compile(r"####[ \t]*\S|\\boxed\s*\{")
 
 
 def formatted(text: str) -> bool:
-    """Whether an answer is marked as the task wants it: ``#### N`` or ``\\boxed{N}``."""
+    """Return whether an answer is marked as the task wants it: ``#### N`` or ``\\boxed{N}``."""
     return _MARK.search(text) is not None
 
 
 def same_number(text: str, gold: str) -> bool:
-    """Whether the last number in a text is the last in the gold answer, whatever the format."""
+    """Return whether the last number in a text is the last in the gold answer, whatever the format."""
     found, wanted = (_NUMBER.findall(t.replace("\u2212", "-")) for t in (text, gold))
     return bool(found and wanted) and float(found[-1].replace(",", "")) == float(wanted[-1].replace(",", ""))
 
 
 @dataclass(frozen=True, eq=False)
 class Recorded:
-    """A run, and what it writes."""
+    """A run and its records."""
 
     bench: Bench
     arm: str
@@ -537,13 +520,13 @@ class Recorded:
     folder: Path
     test: Any
     steers: Steerer
-    tell: Callable[[str], None]
+    log: runner.Log
 
     def append(self, name: str, records: Sequence[dict[str, Any]]) -> None:
         append(self.folder / name, records)
 
     def evaluate(self, step: int, more: str = "") -> dict[str, Any]:
-        """Sample on the test questions; at the end greedily too, and after training with steering switched off."""
+        """Evaluate by sampling; at the end greedily, too, and after training with steering switched off."""
         rows, figures, used = self._answers(self.steers.testing)
         if step == self.bench.config.training.max_steps:
             greedy, _, _ = self._answers(self.steers.testing, do_sample=False)
@@ -557,15 +540,15 @@ class Recorded:
                 figures["off_accuracy"] = _mean(rows, "off")
             write_json(self.folder / "features.json", used)
         self._write(step, rows, figures)
-        self.tell(f"{self.arm}, seed {self.seed}, step {step:>3}: {figures['accuracy']:.3f} right{more}")
+        self.log(f"{self.arm}, seed {self.seed}, step {step:>3}: {figures['accuracy']:.3f} right{more}")
         return figures
 
     def unchanging(self) -> dict[str, Any]:
-        """A fixed way of steering is tested once; its figures stand at every step."""
+        """Test a fixed way of steering once, and record its figures at every step."""
         config, steps = self.bench.config, self.bench.config.training.max_steps
         figures = self.evaluate(steps)
         rows = [r for r in read_jsonl(self.folder / "samples.jsonl") if r["step"] == steps]
-        forget(self.folder, -1)
+        runner.forget(self.folder, -1)
         self.append("metrics.jsonl", [])
         for step in [*range(0, steps, config.evaluation.every), steps]:
             self._write(step, [{k: v for k, v in row.items() if k != "step"} for row in rows], figures)
@@ -578,14 +561,14 @@ class Recorded:
     def _answers(
         self, makes: Callable[[], Steering] | None, do_sample: bool = True
     ) -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, Any]]:
-        """One rollout a question, scored in three ways, and the features that were added.
+        """Sample one rollout per question, score it in three ways, and count the features that were added.
 
-        The seed decides the sampling, the same for all arms and steps.
+        The sampling seed is the same for all arms and steps.
         """
         bench, arm = self.bench, self.bench.config.arms[self.arm]
         steering = None if makes is None else makes()
         with steering or nullcontext(), beginning_without(bench.model, bench.tokenizer, arm.begin_without):
-            rows, figures = runner.evaluate(
+            rows, figures = evaluation.evaluate(
                 bench.model, bench.tokenizer, self.test, bench.config, [], self.seed, do_sample
             )
         for row, answer in zip(rows, self.test["answer"], strict=True):
@@ -598,7 +581,7 @@ class Recorded:
 
 
 def usage(steering: Steering, tokens: Sequence[int]) -> dict[str, Any]:
-    """How often each feature was added: over all tokens, and before the first token that is written."""
+    """Count how often each feature was added: over all tokens, and before the first generated token."""
     everywhere: Counter[int] = Counter()
     first: Counter[int] = Counter()
     lengths = iter(tokens)
@@ -613,7 +596,7 @@ def usage(steering: Steering, tokens: Sequence[int]) -> dict[str, Any]:
 
 @contextmanager
 def beginning_without(model: Any, tokenizer: Any, texts: Sequence[str]) -> Iterator[None]:
-    """The model may not begin its answer with the first token of any of these texts."""
+    """Forbid the model to begin its answer with the first token of any of these texts."""
     settings = model.generation_config
     before = settings.begin_suppress_tokens
     if texts:
@@ -631,11 +614,11 @@ def _mean(rows: Sequence[dict[str, Any]], name: str) -> float:
 # -- before the runs --------------------------------------------------------------------------------------------------
 
 
-def tune(config: CRLConfig, tell: Callable[[str], None] = print) -> list[dict[str, float]]:
-    """Pilot runs on training questions alone: each coefficient, then each learning rate at the best of them.
+def tune(config: CRLConfig, log: runner.Log = print) -> list[dict[str, float]]:
+    """Run pilots on training questions alone: each coefficient, then each learning rate at the best coefficient.
 
-    A pilot is judged by its mean reward over the last third of its steps: rollouts of the policy as it samples, on
-    questions that it sees for the first time.
+    A pilot is judged by its mean reward over the last third of its steps: sampled rollouts on questions that the policy
+    has not seen before.
 
     Returns:
         ``coefficient``, ``learning_rate``, ``first`` and ``last`` (mean reward over the first and last third of the
@@ -645,18 +628,18 @@ def tune(config: CRLConfig, tell: Callable[[str], None] = print) -> list[dict[st
 
     def pilot(coefficient: float, rate: float) -> None:
         values = {**config.training.model_dump(), "coefficient": coefficient, "learning_rate": rate}
-        this = bench(config.model_copy(update={"training": PPOTraining.model_validate(values)}))
+        this = bench(config.model_copy(update={"training": PPOSettings.model_validate(values)}))
         steers = steerer(this, config.arms[plan.arm], plan.seed)
         assert steers.learning is not None and steers.training is not None  # the arm is a policy
         optimizer = torch.optim.Adam(steers.learning.parameters(), lr=rate)
         questions, steering, rewards = data.load(config.data.train), steers.training(), []
         for step in range(1, config.training.max_steps + 1):
-            log = one_step(this, steers.learning, optimizer, steering, questions, plan.seed, step)
-            rewards.append(log["reward"])
+            figures = one_step(this, steers.learning, optimizer, steering, questions, plan.seed, step)
+            rewards.append(figures["reward"])
         third = max(1, len(rewards) // 3)
         first, last = float(np.mean(rewards[:third])), float(np.mean(rewards[-third:]))
         pilots.append({"coefficient": coefficient, "learning_rate": rate, "first": first, "last": last})
-        tell(f"c {coefficient:g}, learning rate {rate:g}: {first:.3f} right in the first third, {last:.3f} in the last")
+        log(f"c {coefficient:g}, learning rate {rate:g}: {first:.3f} right in the first third, {last:.3f} in the last")
 
     for coefficient in plan.coefficients:
         pilot(coefficient, plan.learning_rates[0])

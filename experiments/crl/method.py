@@ -1,7 +1,7 @@
 """CRL: control by reinforcement learning over SAE features (arXiv 2602.10437), on a model that stays as it is.
 
 At every step of generation a policy reads the residual vector of the current token and chooses features of a sparse
-autoencoder; their decoder directions are added to that vector, and the model writes its next token from there. PPO
+autoencoder; their decoder directions are added to that vector, and the model generates its next token from there. PPO
 trains the policy on the task's reward. What we know of the paper is its abstract and introduction, reviews of it, and
 a proof of concept that predates it; its PPO settings were not found. So these are our choices:
 
@@ -10,14 +10,14 @@ a proof of concept that predates it; its PPO settings were not found. So these a
 - *Action*: k of n features, drawn one after the other without replacement (Plackett-Luce), which for k = 1 is the
   categorical distribution. Old and new log-probabilities come from the one function :func:`log_prob`.
 - *Steering*: x' = x + c * sum of the chosen rows of W_dec, without the decoder's bias (:class:`Steering`).
-- *Steered tokens*: the prompt's last token, from which the first token is written, and every generated token that is
-  fed back: one action for each token that is written. The rest of the prompt is never steered.
+- *Steered tokens*: the prompt's last token, from which the first token is generated, and every generated token that is
+  fed back: one action per generated token. The rest of the prompt is never steered.
 - *Transition*: the model's decoding step; whether it samples is up to the caller (in the paper it is deterministic).
 - *Reward*: the task's, at the end of the text. PPO clips, with A = R - V(x): generalised advantage estimation with
   gamma = lambda = 1, which for a reward at the end is the same for every token but for the critic.
 - *Masking*: **the paper's rule (adaptive feature masking, AFM) was not found**; its reviewers call it undefined too.
-  ``masking="none"`` is the default. ``"no_repeat"`` is a rule of our own with the same aim, diversity: what was added
-  at a token cannot be added at the next.
+  ``masking="none"`` is the default. ``"no_repeat"`` is our own rule with the same aim, diversity: what was added at a
+  token cannot be added at the next.
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ from mechreward.sae.handle import SAEHandle
 Masking = Literal["none", "no_repeat"]
 
 
-# -- what can be added, and by whom it is chosen ----------------------------------------------------------------------
+# -- directions and policy --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
 class Directions:
-    """What an action may add to the residual stream.
+    """Directions that an action may add to the residual stream.
 
     Attributes:
         vectors: ``[n, d_model]`` float32.
         hook_point: Where they are added.
-        model_name: The model that they were made for, as far as known.
+        model_name: The model that they were made for, if known.
     """
 
     vectors: Tensor
@@ -62,12 +62,12 @@ class Directions:
         return len(self.vectors)
 
     def probe(self) -> Readout:
-        """For :func:`~mechreward.rollout.capture.check_fits`: something of this width at this hook point."""
+        """Return a readout of this width at this hook point, for :func:`~mechreward.rollout.capture.check_fits`."""
         return replace(direction("steering", self.vectors[0], self.hook_point), model_name=self.model_name)
 
 
 def decoder_directions(sae: SAEHandle) -> Directions:
-    """The rows of W_dec, in the scale of the residual stream; ``b_dec`` is no part of them.
+    """Return the rows of W_dec in the scale of the residual stream, without ``b_dec``.
 
     Raises:
         SAEError: The SAE rescales each token, so that its features have no direction of fixed length.
@@ -82,14 +82,14 @@ def decoder_directions(sae: SAEHandle) -> Directions:
 
 
 def random_directions(like: Directions, seed: int) -> Directions:
-    """A control: as many directions of the same lengths, drawn uniformly from the sphere."""
+    """Return as many directions of the same lengths, drawn uniformly from the sphere (a control)."""
     noise = torch.randn(like.vectors.shape, generator=torch.Generator().manual_seed(seed))
     lengths = like.vectors.norm(dim=-1, keepdim=True)
     return Directions(noise / noise.norm(dim=-1, keepdim=True) * lengths, like.hook_point, like.model_name)
 
 
 def _mlp(d_model: int, outputs: int) -> nn.Sequential:
-    """One hidden layer as wide as its input, which is brought to root mean square 1 as the model's own layers do."""
+    """Make one hidden layer as wide as its input, which is scaled to root mean square 1 as in the model's layers."""
     return nn.Sequential(
         nn.RMSNorm(d_model, elementwise_affine=False),
         nn.Linear(d_model, d_model),
@@ -105,7 +105,7 @@ class ActorCritic(nn.Module):
         d_model: Width of the residual stream.
         features: n, the number of features to choose from.
         k: Features that are added at a token.
-        masking: Which of them may not be chosen; see the module's docstring.
+        masking: Which features may not be chosen; see the module's docstring.
 
     Raises:
         ConfigError: There are too few features.
@@ -119,11 +119,11 @@ class ActorCritic(nn.Module):
         self.policy, self.critic = _mlp(d_model, features), _mlp(d_model, 1)
 
     def logits(self, states: Tensor, previous: Tensor) -> Tensor:
-        """Scores of the features, -inf for those that are masked.
+        """Return the features' scores, -inf for those that are masked.
 
         Args:
             states: ``[N, d_model]`` float32.
-            previous: ``[N, k]`` what was added at the token before, -1 at a text's first.
+            previous: ``[N, k]``, what was added at the token before; -1 at a text's first token.
         """
         scores = self.policy(states)
         if self.masking == "none":
@@ -132,22 +132,22 @@ class ActorCritic(nn.Module):
         return scores.masked_fill(blocked.scatter_(-1, previous.clamp(min=0), previous >= 0), -torch.inf)
 
     def value(self, states: Tensor) -> Tensor:
-        """V(x), ``[N]``."""
+        """Return V(x), ``[N]``."""
         return self.critic(states)[:, 0]
 
     @torch.no_grad()
     def sampled(self, states: Tensor, previous: Tensor) -> Tensor:
-        """Actions drawn from the policy, ``[N, k]``; torch's global seed decides."""
+        """Draw actions from the policy, ``[N, k]``, by torch's global random state."""
         return draw(self.logits(states, previous), self.k)
 
     @torch.no_grad()
     def best(self, states: Tensor, previous: Tensor) -> Tensor:
-        """The k features with the largest scores, ``[N, k]``: what is used after training."""
+        """Return the k features with the largest scores, ``[N, k]``, as used after training."""
         return self.logits(states, previous).topk(self.k, dim=-1).indices
 
 
 def draw(logits: Tensor, k: int) -> Tensor:
-    """k different features for each row, in the order in which they are drawn without replacement, ``[N, k]``.
+    """Draw k different features for each row without replacement, in order, ``[N, k]``.
 
     The k largest of logits + Gumbel noise are such a draw (Kool et al. 2019, arXiv 1903.06059, section 2.3).
     """
@@ -156,7 +156,7 @@ def draw(logits: Tensor, k: int) -> Tensor:
 
 
 def log_prob(logits: Tensor, actions: Tensor) -> Tensor:
-    """ln p of an ordered draw without replacement, ``[N, n]``, ``[N, k]`` -> ``[N]``.
+    """Return ln p of an ordered draw without replacement, ``[N, n]``, ``[N, k]`` -> ``[N]``.
 
     Plackett-Luce: p(a_1 .. a_k) = prod_i exp l(a_i) / sum over what is left of exp l.
     """
@@ -175,7 +175,7 @@ class Choice(NamedTuple):
     """What was added to one token of each row.
 
     Attributes:
-        states: ``[B, d_model]`` float32, what the choice was made from.
+        states: ``[B, d_model]`` float32, the input of the choice.
         actions: ``[B, k]``, features; -1 where nothing was added.
     """
 
@@ -199,11 +199,11 @@ class Steering:
         directions: What can be added.
         coefficient: c, in units of the directions' length.
         choose: Chooses at each token.
-        k: How many directions it chooses.
-        read: Replaces the states before the choice is made from them (a control); None leaves them.
+        k: Number of directions that it chooses.
+        read: Replaces the states before the choice (a control); None leaves them.
 
     Raises:
-        ModelMismatchError: The directions are of another model.
+        ModelMismatchError: The directions belong to another model.
     """
 
     def __init__(
@@ -264,7 +264,7 @@ class Steering:
         return steered
 
     def actions(self) -> list[Tensor]:
-        """For each generation, ``[B, T, k]``: the features behind each of the T tokens that were written."""
+        """Return for each generation ``[B, T, k]``: the features behind each of the T generated tokens."""
         return [torch.stack([choice.actions for choice in text], dim=1) for text in self.texts]
 
 
@@ -275,8 +275,8 @@ class Trajectories:
     Attributes:
         states: ``[N, d_model]`` float32.
         actions: ``[N, k]``.
-        previous: ``[N, k]``, those at the token before, -1 at a text's first.
-        rollout: ``[N]``, whose token it is.
+        previous: ``[N, k]``, those at the token before; -1 at a text's first token.
+        rollout: ``[N]``, the rollout of each token.
     """
 
     states: Tensor
@@ -288,10 +288,10 @@ class Trajectories:
 def steered_rollouts(
     model: Any, tokenizer: Any, prompts: Sequence[str], steering: Steering, **generate: Any
 ) -> tuple[RolloutBatch, Trajectories]:
-    """One rollout a prompt, generated together, and what was chosen at each of its tokens, up to the first EOS.
+    """Generate one rollout per prompt, and return what was chosen at each token, up to the first EOS.
 
     Raises:
-        CaptureError: ``generate`` fed tokens back in another way than one at a time.
+        CaptureError: ``generate`` did not feed tokens back one at a time.
     """
     with steering:
         batch = sample(model, tokenizer, prompts, 1, len(prompts), **generate)
@@ -318,7 +318,7 @@ class Clipped(NamedTuple):
     Attributes:
         clip: epsilon.
         epochs: Passes over a batch of rollouts.
-        minibatches: Optimiser steps in each.
+        minibatches: Optimiser steps per pass.
     """
 
     clip: float = 0.2
@@ -337,9 +337,9 @@ def update(
 
     Args:
         agent: Policy and critic.
-        optimizer: Of both.
+        optimizer: The optimiser of both.
         done: What was chosen.
-        rewards: ``[B]``, one a rollout.
+        rewards: ``[B]``, one per rollout.
         ppo: Settings.
 
     Returns:

@@ -1,4 +1,4 @@
-"""What experiment 05's runs say: what a learned choice of features gains, beside which controls, and what lasts."""
+"""The results of experiment 05: what a learned choice of features gains over its controls, and what lasts."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ from typing import Any
 import numpy as np
 import yaml
 
+from common.comparison import finished_runs, read_runs
+from common.tables import figure, interval, mean, numbers, seeds, table
 from crl import experiment
 from crl.experiment import CRLConfig
 from mechreward.integrations.made import made_by, made_sentence
 from mechreward.integrations.recording import ENVIRONMENT
-from mechreward.train.results import Run, difference, finished_runs, over_seeds, read_runs, without_infinities
+from mechreward.train.results import Run, difference, over_seeds, without_infinities
+from mechreward.train.runner import folder_of
 
-Report = dict[str, Any]
 SCORES = {
     "right": "as in experiment 03 (`math_boxed`, which reads the answer's last number where no answer is marked)",
     "strict": "right, and marked as the task wants it (`#### N`)",
@@ -28,12 +30,12 @@ TOP = 10
 """Features that are compared between seeds: the most used of each."""
 
 
-def report(config: CRLConfig, beside: Path) -> Report:
-    """Everything in the tables, from the runs that are finished.
+def report(config: CRLConfig, outcome: Path) -> dict[str, Any]:
+    """Return everything in the tables, from the finished runs.
 
     Args:
         config: The experiment.
-        beside: Experiments 01 to 03 as JSON, by ``experiments/compare.py``; left out where there is no such file.
+        outcome: Experiments 01 to 03 as JSON, by ``experiments/compare.py``; left out where there is no such file.
 
     Raises:
         ConfigError: No run is finished, or runs were not made at equal budget.
@@ -48,31 +50,30 @@ def report(config: CRLConfig, beside: Path) -> Report:
         "search": _search(config, runs),
         "arms": {arm: _of_arm(config, arm, runs[arm]) for arm in config.arms if arm in runs},
         "minus": {
-            f"{one} - {two}": {score: difference(runs[one], runs[two], score).report() for score in SCORES}
-            | {"greedy": difference(runs[one], runs[two], "greedy").report()}
+            f"{one} - {two}": {score: difference(runs[one], runs[two], score).report() for score in (*SCORES, "greedy")}
             for one, two in _pairs(config, runs)
         },
-        "outcome": _beside(runs, beside),
+        "outcome": _beside(runs, outcome),
     }
     return without_infinities(found)
 
 
 def _pairs(config: CRLConfig, runs: dict[str, list[Run]]) -> list[tuple[str, str]]:
-    """Every arm minus the unsteered model, and the trained policy minus each other."""
-    unsteered = next((name for name in runs if name in config.arms and _alone(config, name)), None)
-    pairs = [(name, unsteered) for name in config.arms if name in runs and unsteered not in (None, name)]
-    tuned = config.tuning.arm
+    """Return every arm with the unsteered model, and the trained policy with each other arm."""
+
+    def is_unsteered(name: str) -> bool:
+        return config.arms[name].steer == "none" and not config.arms[name].begin_without
+
+    done = [name for name in config.arms if name in runs]
+    unsteered, tuned = next(filter(is_unsteered, done), None), config.tuning.arm
+    pairs = [(name, unsteered) for name in done if unsteered not in (None, name)]
     if tuned in runs:
-        pairs += [(tuned, name) for name in config.arms if name in runs and name not in (tuned, unsteered)]
-    return [(one, two) for one, two in pairs if {r.seed for r in runs[one]} & {r.seed for r in runs[two]}]  # pyright: ignore
-
-
-def _alone(config: CRLConfig, name: str) -> bool:
-    return config.arms[name].steer == "none" and not config.arms[name].begin_without
+        pairs += [(tuned, name) for name in done if name not in (tuned, unsteered)]
+    return [(one, two) for one, two in pairs if two and {r.seed for r in runs[one]} & {r.seed for r in runs[two]}]
 
 
 def _of_arm(config: CRLConfig, arm: str, runs: list[Run]) -> dict[str, Any]:
-    folders = [Path(config.output) / arm / f"seed-{run.seed}" for run in runs]
+    folders = [folder_of(config, arm, run.seed) for run in runs]
     last = [run.rows[-1] for run in runs]
 
     def at_the_end(column: str) -> dict[str, Any] | None:
@@ -80,57 +81,55 @@ def _of_arm(config: CRLConfig, arm: str, runs: list[Run]) -> dict[str, Any]:
             return None
         return over_seeds([float(np.nanmean(rows[column])) for rows in last])
 
+    columns = (*SCORES, "greedy", "greedy_tolerant", "off", "steps_shown", "tokens")
     return {
         "arm": yaml.safe_load((folders[0] / "config.yaml").read_text(encoding="utf-8"))["arm"],
         "seeds": [run.seed for run in runs],
         "steps": runs[0].steps,
         "curve": [over_seeds([float(run.curve("right")[k]) for run in runs]) for k in range(len(runs[0].steps))],
-        **{
-            score: at_the_end(score) for score in (*SCORES, "greedy", "greedy_tolerant", "off", "steps_shown", "tokens")
-        },
+        **{column: at_the_end(column) for column in columns},
         "training": _training(runs),
         "features": _features([_used(folder) for folder in folders], config.arms[arm].k),
     }
 
 
 def _training(runs: list[Run]) -> dict[str, Any] | None:
-    """The rewards of the policy as it samples, over the first and the last five steps; its entropy; seconds a step."""
+    """Average what was logged: the sampled rewards of the first and the last five steps, and the rest."""
     if not runs[0].metrics:
         return None
-    parts = {"first": slice(0, 5), "last": slice(-5, None)}
-    logs = [run.metrics for run in runs]
+
+    def logged(key: str, start: int | None, stop: int | None) -> dict[str, Any]:
+        return over_seeds([float(np.mean([log[key] for log in run.metrics[start:stop]])) for run in runs])
+
     return {
-        **{part: over_seeds([_mean(m, "reward", where) for m in logs]) for part, where in parts.items()},
-        "entropy": over_seeds([_mean(m, "entropy", slice(-5, None)) for m in logs]),
-        "explained": over_seeds([_mean(m, "explained", slice(-5, None)) for m in logs]),
-        "clipped": over_seeds([_mean(m, "clipped", slice(0, None)) for m in logs]),
-        "seconds": over_seeds([_mean(m, "seconds", slice(0, None)) for m in logs]),
+        "first": logged("reward", 0, 5),
+        "last": logged("reward", -5, None),
+        "entropy": logged("entropy", -5, None),
+        "explained": logged("explained", -5, None),
+        "clipped": logged("clipped", None, None),
+        "seconds": logged("seconds", None, None),
     }
-
-
-def _mean(metrics: list[dict[str, float]], key: str, where: slice) -> float:
-    return float(np.mean([log[key] for log in metrics[where]]))
 
 
 # -- features ---------------------------------------------------------------------------------------------------------
 
 Used = dict[str, dict[str, int]]
+"""``tokens`` and ``first``: how often each feature was added."""
 
 
 def _used(folder: Path) -> Used:
-    file = folder / "features.json"
-    return json.loads(file.read_text(encoding="utf-8"))
+    return json.loads((folder / "features.json").read_text(encoding="utf-8"))
 
 
 def _features(used: Sequence[Used], k: int) -> dict[str, Any] | None:
-    """How concentrated the added features are, and how much of them two seeds have in common; None if there are none.
+    """Measure how concentrated the added features are, and how much of them two seeds share; None if there are none.
 
     ``effective``: exp of the entropy of their shares. ``overlap``: the sum over features of the smaller of two seeds'
     shares, 1 for the same use and 0 for none in common. ``top``: common features among the most used of each seed.
     """
     if not all(used) or not all(each["tokens"] for each in used):
         return None
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"k": k}
     for where in ("tokens", "first"):
         shares = [_shares(each[where]) for each in used]
         pairs = list(itertools.combinations(shares, 2))
@@ -141,7 +140,7 @@ def _features(used: Sequence[Used], k: int) -> dict[str, Any] | None:
             "overlap": over_seeds([sum(min(p, b.get(f, 0.0)) for f, p in a.items()) for a, b in pairs]),
             "top": over_seeds([float(len(_top(a) & _top(b))) for a, b in pairs]),
         }
-    return {"k": k, **found}
+    return found
 
 
 def _shares(counts: dict[str, int]) -> dict[str, float]:
@@ -154,7 +153,7 @@ def _top(shares: dict[str, float]) -> set[str]:
 
 
 def _search(config: CRLConfig, runs: dict[str, list[Run]]) -> dict[str, Any] | None:
-    """The constant feature, its accuracy where it was searched for, and what the search cost."""
+    """Return the constant feature, its accuracy in the search, and what the search cost."""
     name = next((name for name, arm in config.arms.items() if arm.search and name in runs), None)
     if name is None:
         return None
@@ -170,7 +169,7 @@ def _search(config: CRLConfig, runs: dict[str, list[Run]]) -> dict[str, Any] | N
 
 
 def _beside(runs: dict[str, list[Run]], file: Path) -> dict[str, Any] | None:
-    """Experiment 01's arm ``outcome``, which trains the model: its gain, and each arm's accuracy minus its, by seed."""
+    """Return the gain of experiment 01's arm ``outcome``, which trains the model, and each arm's accuracy minus its."""
     if not file.exists():
         return None
     outcome = json.loads(file.read_text(encoding="utf-8"))["arms"]["outcome"]
@@ -186,131 +185,143 @@ def _beside(runs: dict[str, list[Run]], file: Path) -> dict[str, Any] | None:
 # -- the page ---------------------------------------------------------------------------------------------------------
 
 
-def markdown(report: Report) -> str:
-    """Tables, from the report alone."""
-    arms = report["arms"]
-    lines = [
-        _setting(report),
-        "",
+def markdown(report: dict[str, Any]) -> str:
+    """Return the tables, from the report alone."""
+    sections = (_setting, _accuracy, _differences, _outcome, _learning, _stability, _before)
+    return "\n".join("\n".join(lines) + "\n" for section in sections if (lines := section(report)))
+
+
+def _setting(report: dict[str, Any]) -> list[str]:
+    t, sae = report["budget"]["training"], report["budget"]["sae"]
+    return [
+        f"From `{report['command']}`. {made_sentence(report)} "
+        f"{report['budget']['model']}, {sae['release']} {sae['sae_id']}; {t['max_steps']} "
+        f"steps of {t['prompts_per_step'] * t['num_generations']} rollouts, c = {t['coefficient']:g}, learning rate "
+        f"{t['learning_rate']:g}; seeds an arm: {seeds(report['arms'])}. Test questions: "
+        f"{report['budget']['evaluation']['questions']} a seed, the same for all arms, answered once at the training "
+        "temperature, steered by the feature that the policy scores highest. Intervals: 95 %, Student's t over seeds."
+    ]
+
+
+def _accuracy(report: dict[str, Any]) -> list[str]:
+    rows = []
+    for name, arm in report["arms"].items():
+        before = figure(arm["curve"][0]) if arm["training"] else ""
+        cells = [figure(arm[column]) for column in (*SCORES, "greedy", "off")]
+        rows.append([name, before, *cells, mean(arm["steps_shown"]), mean(arm["tokens"], ".1f")])
+    header = "| arm | before training | right | strict | tolerant | greedy | off | answers with steps | tokens |"
+    return [
         "### Accuracy",
         "",
         *(f"- *{score}*: {what}" for score, what in SCORES.items()),
         "- *off*: the same, steering switched off after training. The model's weights were never changed.",
         "",
-        "| arm | before training | right | strict | tolerant | greedy | off | answers with steps | tokens |",
-        "|---|---|---|---|---|---|---|---|---|",
+        *table(header, rows),
     ]
-    for name, arm in arms.items():
-        before = _figure(arm["curve"][0]) if arm["training"] else ""
-        cells = [_figure(arm[column]) for column in (*SCORES, "greedy", "off")]
-        lines.append(
-            f"| {name} | {before} | {' | '.join(cells)} | {_mean_of(arm['steps_shown'])} "
-            f"| {_mean_of(arm['tokens'], '.1f')} |"
+
+
+def _differences(report: dict[str, Any]) -> list[str]:
+    rows = []
+    for pair, scores in report["minus"].items():
+        d = scores["right"]
+        rows.append(
+            [
+                pair,
+                f"{d['mean']:+.3f}",
+                interval(d["resampled"]),
+                interval(d["student"]),
+                numbers(d["per_seed"], "+.3f"),
+                "yes" if d["shown"] else "no",
+                *(f"{scores[score]['mean']:+.3f}" for score in ("strict", "tolerant", "greedy")),
+            ]
         )
-    lines += ["", *_differences(report), "", *_outcome(report), "", *_learning(report), "", *_stability(report), ""]
-    return "\n".join([*lines, *_before(report)]) + "\n"
-
-
-def _setting(report: Report) -> str:
-    t, sae = report["budget"]["training"], report["budget"]["sae"]
-    counts = {len(arm["seeds"]) for arm in report["arms"].values()}
-    seeds = str(min(counts)) if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
-    return (
-        f"From `{report['command']}`. {made_sentence(report)} "
-        f"{report['budget']['model']}, {sae['release']} {sae['sae_id']}; {t['max_steps']} "
-        f"steps of {t['prompts_per_step'] * t['num_generations']} rollouts, c = {t['coefficient']:g}, learning rate "
-        f"{t['learning_rate']:g}; seeds an arm: {seeds}. Test questions: {report['budget']['evaluation']['questions']} "
-        "a seed, the same for all arms, answered once at the training temperature, steered by the feature that the "
-        "policy scores highest. Intervals: 95 %, Student's t over seeds."
-    )
-
-
-def _differences(report: Report) -> list[str]:
-    lines = [
+    return [
         "### Differences, paired by seed and question",
         "",
         f"{len(report['minus'])} comparisons, without correction for their number. Shown: both intervals (resampled "
         "seeds and questions; t over seeds) leave out 0.",
         "",
-        "| pair | right | resampled | t over seeds | per seed | shown | strict | tolerant | greedy |",
-        "|---|---|---|---|---|---|---|---|---|",
+        *table("| pair | right | resampled | t over seeds | per seed | shown | strict | tolerant | greedy |", rows),
     ]
-    for pair, scores in report["minus"].items():
-        d = scores["right"]
-        others = " | ".join(f"{scores[s]['mean']:+.3f}" for s in ("strict", "tolerant", "greedy"))
-        lines.append(
-            f"| {pair} | {d['mean']:+.3f} | {_interval(d['resampled'])} | {_interval(d['student'])} "
-            f"| {' '.join(f'{v:+.3f}' for v in d['per_seed'])} | {'yes' if d['shown'] else 'no'} | {others} |"
-        )
-    return lines
 
 
-def _outcome(report: Report) -> list[str]:
+def _outcome(report: dict[str, Any]) -> list[str]:
     beside = report["outcome"]
     if beside is None:
         return []
-    minus = ", ".join(f"`{arm}` {_figure(gap, '+.3f')}" for arm, gap in beside["minus"].items())
+    minus = ", ".join(f"`{arm}` {figure(gap, '+.3f')}" for arm, gap in beside["minus"].items())
     return [
         "### Beside GRPO on the outcome (experiment 01), which trains the model on as many rollouts",
         "",
-        f"It went from {_mean_of(beside['start'])} to {_figure(beside['end'])}, greedy {_figure(beside['greedy'])}. "
+        f"It went from {mean(beside['start'])} to {figure(beside['end'])}, greedy {figure(beside['greedy'])}. "
         f"Minus its accuracy at the end, by seed: {minus}.",
     ]
 
 
-def _learning(report: Report) -> list[str]:
-    lines = [
-        "### Training: the policy as it samples, on training questions",
-        "",
-        "| arm | right, first five steps | right, last five | entropy at the end (nats) | critic's explained variance "
-        "| clipped ratios | seconds a step |",
-        "|---|---|---|---|---|---|---|",
+def _learning(report: dict[str, Any]) -> list[str]:
+    logs = {name: arm["training"] for name, arm in report["arms"].items() if arm["training"] is not None}
+    rows = [
+        [
+            name,
+            figure(log["first"]),
+            figure(log["last"]),
+            mean(log["entropy"], ".2f"),
+            mean(log["explained"]),
+            mean(log["clipped"]),
+            mean(log["seconds"], ".1f"),
+        ]
+        for name, log in logs.items()
     ]
-    for name, arm in report["arms"].items():
-        if (log := arm["training"]) is not None:
-            lines.append(
-                f"| {name} | {_figure(log['first'])} | {_figure(log['last'])} | {_mean_of(log['entropy'], '.2f')} "
-                f"| {_mean_of(log['explained'])} | {_mean_of(log['clipped'])} | {_mean_of(log['seconds'], '.1f')} |"
-            )
-    return lines
+    header = (
+        "| arm | right, first five steps | right, last five | entropy at the end (nats) | critic's explained variance "
+        "| clipped ratios | seconds a step |"
+    )
+    return ["### Training: the policy as it samples, on training questions", "", *table(header, rows)]
 
 
-def _stability(report: Report) -> list[str]:
-    lines = [
+def _stability(report: dict[str, Any]) -> list[str]:
+    rows = [
+        [
+            name,
+            called,
+            mean(f["effective"], ".1f"),
+            mean(f["largest"]),
+            ", ".join(f"{feature} ({share:.0%})" for feature, share in f["most_used"]),
+            mean(f["overlap"]),
+            mean(f["top"], ".1f"),
+        ]
+        for name, arm in report["arms"].items()
+        if arm["features"] is not None
+        for where, called in (("tokens", "every"), ("first", "first"))
+        for f in [arm["features"][where]]
+    ]
+    header = (
+        "| arm | token | effective number | share of the most used | most used, seed by seed | overlap | common top "
+        f"{TOP} |"
+    )
+    return [
         "### Which features are added on test questions",
         "",
         "Effective number: exp of the entropy of their shares. Overlap between two seeds: the sum of the smaller "
         f"shares. Common top {TOP}: of the {TOP} most used features of each of two seeds.",
         "",
-        "| arm | token | effective number | share of the most used | most used, seed by seed | overlap | common top "
-        f"{TOP} |",
-        "|---|---|---|---|---|---|---|",
+        *table(header, rows),
     ]
-    for name, arm in report["arms"].items():
-        for where, called in (("tokens", "every"), ("first", "first")):
-            if arm["features"] is not None:
-                f = arm["features"][where]
-                lines.append(
-                    f"| {name} | {called} | {_mean_of(f['effective'], '.1f')} | {_mean_of(f['largest'])} "
-                    f"| {', '.join(f'{feature} ({share:.0%})' for feature, share in f['most_used'])} "
-                    f"| {_mean_of(f['overlap'])} | {_mean_of(f['top'], '.1f')} |"
-                )
-    return lines
 
 
-def _before(report: Report) -> list[str]:
+def _before(report: dict[str, Any]) -> list[str]:
     lines = ["### Before the runs", ""]
     if report["tuning"]:
+        settings = report["tuning_settings"]
+        pilots = [
+            [f"{p['coefficient']:g}", f"{p['learning_rate']:g}", f"{p['first']:.3f}", f"{p['last']:.3f}"]
+            for p in report["tuning"]
+        ]
         lines += [
-            f"Pilots of `{report['tuning_settings']['arm']}` on training questions, seed "
-            f"{report['tuning_settings']['seed']}, at the full budget; judged by the last third of their steps:",
+            f"Pilots of `{settings['arm']}` on training questions, seed {settings['seed']}, at the full budget; judged "
+            "by the last third of their steps:",
             "",
-            "| c | learning rate | right, first third | right, last third |",
-            "|---|---|---|---|",
-            *(
-                f"| {p['coefficient']:g} | {p['learning_rate']:g} | {p['first']:.3f} | {p['last']:.3f} |"
-                for p in report["tuning"]
-            ),
+            *table("| c | learning rate | right, first third | right, last third |", pilots),
             "",
         ]
     if (found := report["search"]) is not None:
@@ -322,18 +333,3 @@ def _before(report: Report) -> list[str]:
             f"The search took {found['rollouts']:,} rollouts, {times:.1f} times those that a policy is trained on."
         )
     return lines
-
-
-def _interval(interval: Sequence[float | None]) -> str:
-    return " to ".join("?" if end is None else f"{end:+.3f}" for end in interval)
-
-
-def _mean_of(figure: dict[str, Any] | None, form: str = ".3f") -> str:
-    return "" if figure is None or figure["mean"] is None else f"{figure['mean']:{form}}"
-
-
-def _figure(figure: dict[str, Any] | None, form: str = ".3f") -> str:
-    if figure is None:
-        return ""
-    ends = " to ".join("?" if end is None else f"{end:{form}}" for end in figure["interval"])
-    return f"{_mean_of(figure, form)} ({ends})"

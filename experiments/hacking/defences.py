@@ -1,8 +1,8 @@
 """Experiment 06: a reward with and without defences, attacked by training against it.
 
 What every run shares is made once and kept in the experiment's folder: two probes on different halves of the discovery
-questions, at different layers (one for the dual verifier, one that is only ever watched), and what the adversarial
-suite has learned from rollouts of the untrained model.
+questions, at different layers (one for the dual verifier, one that is only watched), and what the adversarial suite has
+learned from rollouts of the untrained model.
 """
 
 from __future__ import annotations
@@ -44,7 +44,6 @@ from mechreward.reward.guards import Guard
 from mechreward.reward.outcome import OutcomeReward
 from mechreward.rollout.batch import RolloutBatch
 from mechreward.rollout.hf import HFSource, sample
-from mechreward.rollout.labelled import sample_rollouts
 from mechreward.sae.registry import load_sae
 from mechreward.train import arms
 from mechreward.train.config import Arm, Count, ExperimentConfig, Positive
@@ -58,10 +57,10 @@ class HackingArm(Arm):
         beta: KL coefficient of this arm.
         suite: The adversarial suite's preset; None for no suite.
         dual: Whether the dual verifier guards.
-        aware: The attacker knows the defences: what it costs him, in standard deviations of the features' reward, to
-            stand at a detector's threshold; 0 for an attacker who does not look.
-        blind: The detectors that he pays for do not know the outcome, so that his price does not teach him what is
-            right.
+        aware: The attacker knows the defences: the price of standing at a detector's threshold, in standard deviations
+            of the features' reward; 0 for an attacker who does not look.
+        blind: The detectors that the attacker pays for do not know the outcome, so that the price does not teach what
+            is right.
     """
 
     beta: float = Field(0.0, ge=0)
@@ -82,10 +81,10 @@ class HackingConfig(ExperimentConfig):
 
     Attributes:
         pack: The pack that is rewarded, and that the guards are made for.
-        clean: Rollouts of the untrained model that the suite learns from.
-        dual_layer, held_out_layer: Of the two probes.
+        clean: Number of rollouts of the untrained model that the suite learns from.
+        dual_layer, held_out_layer: Layers of the two probes.
         every: Steps in a monitor's window.
-        entropy_floor: In nats a token, below which the alarm rings.
+        entropy_floor: Entropy in nats per token below which the alarm rings.
         arms: As in other experiments, with defences and attack.
     """
 
@@ -108,8 +107,8 @@ class HackingConfig(ExperimentConfig):
         return {**super().budget(), **{name: getattr(self, name) for name in shared}}
 
 
-def outfit(config: HackingConfig, arm: str, seed: int, folder: Path) -> arms.Outfit:
-    """An arm's reward with its defences, and the monitors that every arm has."""
+def setup(config: HackingConfig, arm: str, seed: int, folder: Path) -> arms.RunSetup:
+    """Set a run up with its arm's reward and defences, and the monitors that every arm has."""
     chosen, defence = config.arms[arm], prepared(config)
     reward: Reward = arms.build(config, chosen, seed)
     guards: list[Guard] = []
@@ -130,7 +129,7 @@ def outfit(config: HackingConfig, arm: str, seed: int, folder: Path) -> arms.Out
         Collapse(defence.features, every=config.every),
         EntropyFloor(config.entropy_floor),
     ]
-    return arms.Outfit(reward, guards, monitors, chosen.beta)
+    return arms.RunSetup(reward, guards, monitors, chosen.beta)
 
 
 # -- what the defences are made of ------------------------------------------------------------------------------------
@@ -141,13 +140,14 @@ class Defence:
     """What all runs share.
 
     Attributes:
-        features: The rewarded features, as the pack has them.
-        outcome: The gold.
+        features: The rewarded features, as in the pack.
+        outcome: The reward for right answers.
         dual: The probe of the dual verifier.
         held_out: The probe that is only watched.
         learned: The suite's state after the clean rollouts.
         typical: Each detector's median score on clean rollouts.
         deviation: Standard deviation of the features' reward over clean rollouts.
+        sae: The pack's sparse autoencoder, for the suite.
     """
 
     features: FeatureReward
@@ -161,27 +161,26 @@ class Defence:
 
     @property
     def watched(self) -> CompositeReward:
-        """Features and outcome, as the suite knows them where nothing is rewarded by them."""
+        """Features and outcome, as the suite reads them when they are not rewarded."""
         return CompositeReward([self.outcome, self.features], guards=[])
 
     def suite(self, preset: str, reward: Reward) -> AdversarialSuite:
-        """A suite that guards a reward and has seen the clean rollouts."""
+        """Make a suite that guards a reward and has seen the clean rollouts."""
         suite = AdversarialSuite.from_preset(preset, sae=None if preset == "text_only" else self.sae)
         suite.attach([reward])
         suite.load_state_dict(json.loads(json.dumps(self.learned)))
         return suite
 
     def disagreement(self) -> Disagreement:
-        """The dual verifier as a guard."""
+        """Make the dual verifier's guard."""
         return Disagreement(self.features, self.dual)
 
 
 def prepared(config: HackingConfig) -> Defence:
-    """The defences' parts: made once, and kept in the experiment's folder."""
-    folder = Path(config.output) / "defence"
-    features = FeatureReward.from_pack(load_pack(config.pack))
+    """Return the defences' parts, made once and kept in the experiment's folder."""
+    folder, pack = Path(config.output) / "defence", load_pack(config.pack)
+    features = FeatureReward.from_pack(pack)
     outcome = OutcomeReward(getattr(verifiers, config.verifier), gold_column="answer")
-    pack = load_pack(config.pack)
     sae = load_sae(pack.sae.release, pack.sae.sae_id)
     if not (folder / "learned.json").exists():
         _prepare(config, folder, features, outcome, sae)
@@ -193,18 +192,7 @@ def prepared(config: HackingConfig) -> Defence:
 def _prepare(config: HackingConfig, folder: Path, features: FeatureReward, outcome: OutcomeReward, sae: Any) -> None:
     model, tokenizer = arms.untrained(config)
     questions = load(config.data.discovery)
-    found = sample_rollouts(
-        model,
-        tokenizer,
-        questions,
-        getattr(verifiers, config.verifier),
-        config.discovery.rollouts,
-        "data.discovery",
-        config.discovery.seed,
-        config.evaluation.batch_size,
-        **arms.sampling(config),
-    )
-    halves = found.halves()
+    halves = arms.discovery_rollouts(config, model, tokenizer, questions).halves()
     for name, half, layer in zip(("dual", "held_out"), halves, (config.dual_layer, config.held_out_layer), strict=True):
         trained = train_probe(model, half, [layer], "last", name=name, model_name=config.model)
         save_probe(trained.probe, folder / name)
@@ -233,7 +221,7 @@ def _prepare(config: HackingConfig, folder: Path, features: FeatureReward, outco
 def clean_rollouts(
     config: ExperimentConfig, model: Any, tokenizer: Any, questions: Any, count: int, seed: int
 ) -> RolloutBatch:
-    """Rollouts of the untrained model, in groups as in training, with the gold answers."""
+    """Sample rollouts of the untrained model, in groups as in training, with the gold answers."""
     group = config.training.num_generations
     asked = questions.select(range(min(len(questions), -(-count // group))))
     with torch.random.fork_rng():
@@ -245,7 +233,7 @@ def clean_rollouts(
 
 
 class Detection(Reward):
-    """What an attacker who knows the defence subtracts: what each detector, and the dual verifier, has ``noticed``."""
+    """The penalty of an attacker who knows the defences: what each detector, and the dual verifier, has ``noticed``."""
 
     def __init__(self, suite: AdversarialSuite, disagreement: Disagreement, typical: Mapping[str, float]):
         super().__init__("detection")
@@ -264,7 +252,7 @@ class Detection(Reward):
 
 
 class Ledger(Monitor):
-    """Keeps every training rollout: step, question, tokens, the features' raw reward, and whether it is right."""
+    """Records every training rollout: step, question, tokens, the features' raw reward, and whether it is right."""
 
     def __init__(self, file: Path, features: FeatureReward, outcome: OutcomeReward):
         super().__init__("ledger")
@@ -285,7 +273,7 @@ class Ledger(Monitor):
                     "ids": list(ids),
                     "reward": round(float(raw[i]), 4),
                     "right": float(right[i]),
-                    "flags": [] if batch.flags is None else [said.split(":")[0] for said in batch.flags[i]],
+                    "flags": [] if batch.flags is None else [flag.split(":")[0] for flag in batch.flags[i]],
                 }
                 file.write(json.dumps(record) + "\n")
         return {}

@@ -1,4 +1,4 @@
-"""Experiment 06 as a page of Markdown and figures; everything on them comes from the report."""
+"""Experiment 06 as a page of Markdown and figures, made from the report alone."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from common.tables import table
 from mechreward.extras import require
 from mechreward.integrations.made import made_sentence
 
@@ -33,15 +34,32 @@ CELLS = {
 
 
 def markdown(report: Mapping[str, Any]) -> str:
-    """What is left of the accuracy, who noticed, when; and best of N."""
+    """Return the page: what is left of the accuracy, which detectors noticed and when, and best of N."""
     sections = (_accuracy, _detection, _alarms, _templates, _best_of_n)
-    return "\n".join(line for section in sections for line in section(report)) + "\n"
+    return "\n".join("\n".join(section(report)) + "\n" for section in sections)
+
+
+def _called(name: str) -> str:
+    return CELLS.get(name, name)
 
 
 def _accuracy(report: Mapping[str, Any]) -> list[str]:
     training = report["training"]
     rollouts = training["prompts_per_step"] * training["num_generations"]
-    lines = [
+    rows = [
+        [
+            _called(name),
+            str(len(c["seeds"])),
+            _mean(c["accuracy"][0]),
+            _with(c["accuracy"][-1]),
+            _with(c["minus_outcome"], sign=True),
+            _mean(c["reward"][0]),
+            _with(c["reward"][-1]),
+            _with(c["proxy_gold_gap"], sign=True),
+        ]
+        for name, c in report["cells"].items()
+    ]
+    return [
         "# Experiment 06: a reward under attack",
         "",
         f"Made by `{report['command']}`. {made_sentence(report)} pocket, LoRA rank {training['lora_rank']}, "
@@ -56,21 +74,28 @@ def _accuracy(report: Mapping[str, Any]) -> list[str]:
         "`aware`: the attacker pays for what the detectors and the probe see, so much where they would flag him; "
         "`blind`: those detectors do not know the outcome.",
         "",
-        "| cell | seeds | accuracy, start | end | minus outcome | reward, start | end | gap |",
-        "|---|---|---|---|---|---|---|---|",
+        *table("| cell | seeds | accuracy, start | end | minus outcome | reward, start | end | gap |", rows),
     ]
-    for name, c in report["cells"].items():
-        lines.append(
-            f"| {CELLS.get(name, name)} | {len(c['seeds'])} | {_mean(c['accuracy'][0])} | {_with(c['accuracy'][-1])} | "
-            f"{_with(c['minus_outcome'], sign=True)} | {_mean(c['reward'][0])} | {_with(c['reward'][-1])} | "
-            f"{_with(c['proxy_gold_gap'], sign=True)} |"
-        )
-    return lines
 
 
 def _detection(report: Mapping[str, Any]) -> list[str]:
-    lines = [
-        "",
+    rows = []
+    for name, c in report["cells"].items():
+        d = c["detection"]
+        best = max(c["caught_by"], key=c["caught_by"].get)
+        rows.append(
+            [
+                _called(name),
+                f"{_mean(d['auc'])} ({_mean(d['auc_without_outcome'])})",
+                f"{_percent(d['evasion']['mean'])} ({_percent(d['evasion_without_outcome']['mean'])})",
+                _percent(sum(c["flagged"][-5:]) / 5),
+                f"{best} {_percent(c['caught_by'][best])}",
+                _mean(c["held_out_auc"]),
+            ]
+        )
+    rates = report["false_positives"]
+    named = ", ".join(f"{name} {_percent(rate, 1)}" for name, rate in rates.items() if name not in ("any", "rollouts"))
+    return [
         "## Detection, on the rollouts of the last 5 steps",
         "",
         "One suite for all cells, whether it guarded them or not; `AUC` against fresh clean rollouts of the untrained "
@@ -78,81 +103,57 @@ def _detection(report: Mapping[str, Any]) -> list[str]:
         "the one detector that knows the outcome. For `outcome`, which nobody attacks, what is 'detected' are false "
         "alarms. `held-out`: the AUC for right answers of a probe at another layer, on the policy, at the end.",
         "",
-        "| cell | AUC | evasion | flagged | most by | held-out AUC |",
-        "|---|---|---|---|---|---|",
-    ]
-    for name, c in report["cells"].items():
-        d = c["detection"]
-        best = max(c["caught_by"], key=c["caught_by"].get)
-        lines.append(
-            f"| {CELLS.get(name, name)} | {_mean(d['auc'])} ({_mean(d['auc_without_outcome'])}) | "
-            f"{_percent(d['evasion']['mean'])} ({_percent(d['evasion_without_outcome']['mean'])}) | "
-            f"{_percent(sum(c['flagged'][-5:]) / 5)} | {best} {_percent(c['caught_by'][best])} | "
-            f"{_mean(c['held_out_auc'])} |"
-        )
-    rates = report["false_positives"]
-    named = ", ".join(f"{name} {_percent(rate, 1)}" for name, rate in rates.items() if name not in ("any", "rollouts"))
-    lines += [
+        *table("| cell | AUC | evasion | flagged | most by | held-out AUC |", rows),
         "",
         f"False positives on {rates['rollouts']} fresh clean rollouts: {_percent(rates['any'], 1)} by any detector "
         f"({named}).",
     ]
-    return lines
 
 
 def _alarms(report: Mapping[str, Any]) -> list[str]:
     cells = report["cells"]
     alarms = sorted({alarm for c in cells.values() for alarm in c["first_alarm"]})
-    lines = [
-        "",
+    rows = []
+    for name, c in cells.items():
+        rung = [_each(c["first_alarm"].get(alarm, [None] * len(c["seeds"]))) for alarm in alarms]
+        rows.append([_called(name), _each(c["fell_at"]), *rung])
+    return [
         "## Alarms",
         "",
         "The step at which each alarm first rang, one figure a seed (`-`: never), and the step from which accuracy "
         "stayed 5 points below its start. `flagged`: more rollouts flagged than 3 % in two steps running (p < .001).",
         "",
-        "| cell | accuracy fell | " + " | ".join(alarms) + " |",
-        "|---" * (len(alarms) + 2) + "|",
+        *table(f"| cell | accuracy fell | {' | '.join(alarms)} |", rows),
     ]
-    for name, c in cells.items():
-        rung = [_each(c["first_alarm"].get(alarm, [None] * len(c["seeds"]))) for alarm in alarms]
-        lines.append(f"| {CELLS.get(name, name)} | {_each(c['fell_at'])} | {' | '.join(rung)} |")
-    return lines
 
 
 def _templates(report: Mapping[str, Any]) -> list[str]:
     detectors = list(next(iter(report["templates"].values())))
-    lines = [
-        "",
+    rows = [[family, *(f"{shares[d]:.2f}" for d in detectors)] for family, shares in report["templates"].items()]
+    return [
         "## Attack 1: text templates",
         "",
         "Share of attacked rollouts that each detector flags, at thresholds that flag at most 1 % of clean ones each. "
         "`woven` keeps the model's answer, `replacing` loses it.",
         "",
-        f"| family | {' | '.join(detectors)} |",
-        "|---" * (len(detectors) + 1) + "|",
+        *table(f"| family | {' | '.join(detectors)} |", rows),
     ]
-    for family, shares in report["templates"].items():
-        lines.append(f"| {family} | {' | '.join(f'{shares[d]:.2f}' for d in detectors)} |")
-    return lines
 
 
 def _best_of_n(report: Mapping[str, Any]) -> list[str]:
     best = report["best_of_n"]
-    lines = [
-        "",
+    rows = []
+    for name, curve in best["curves"].items():
+        low, high = curve["interval"][-1]
+        rows.append([_called(name), *(f"{a:.2f}" for a in curve["accuracy"]), f"({low:.2f} to {high:.2f})"])
+    return [
         "## Attack 2: best of N",
         "",
         f"Accuracy of the rollout that each reward likes best among N of the untrained model, {best['questions']} "
         "questions; 95 % bootstrap intervals over questions at the end.",
         "",
-        "| reward | " + " | ".join(f"N = {n}" for n in best["n"]) + " | |",
-        "|---" * (len(best["n"]) + 2) + "|",
+        *table(f"| reward | {' | '.join(f'N = {n}' for n in best['n'])} | |", rows),
     ]
-    for name, curve in best["curves"].items():
-        low, high = curve["interval"][-1]
-        figures = " | ".join(f"{a:.2f}" for a in curve["accuracy"])
-        lines.append(f"| {CELLS.get(name, name)} | {figures} | ({low:.2f} to {high:.2f}) |")
-    return lines
 
 
 def _each(values: Sequence[float | None]) -> str:
@@ -178,7 +179,7 @@ def _percent(share: float | None, digits: int = 0) -> str:
 
 
 def draw(report: Mapping[str, Any], folder: Path) -> None:
-    """``hacking-curves.png``: accuracy, reward and flagged share over training; ``hacking-best-of-n.png``."""
+    """Draw ``hacking-curves.png`` (accuracy, reward and flagged share over training) and ``hacking-best-of-n.png``."""
     matplotlib = require("matplotlib", "report")
     matplotlib.use("Agg")
     plt = require("matplotlib.pyplot", "report")

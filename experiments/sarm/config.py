@@ -8,10 +8,9 @@ from pydantic import Field, model_validator
 
 from mechreward import pocket
 from mechreward.schema import Strict
-from mechreward.train.config import Arm, Count, ExperimentConfig, Positive, Text
+from mechreward.train.config import Arm, Count, ExperimentConfig, NonEmpty, Positive, Rate
 from sarm.model import Mode, Reconstructs
 
-Rate = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -20,17 +19,17 @@ class Pairs(Strict):
 
     Attributes:
         path: A ``.jsonl`` or ``.jsonl.gz`` file, a dataset on the hub; ``mechreward/pocket``: the model's own answers.
-        split: Of the hub's dataset, or of pocket's questions.
-        first: Rows that are passed over.
-        rows: How many after these; of pocket, questions.
-        rollouts: Of pocket: sampled for each question.
-        per_question: Of pocket: pairs of a question at most.
-        steps: Of pocket: the fewest and the most steps of a problem.
-        wording: Of pocket: ``usual``, or ``other``, sentences that the model has never seen.
+        split: Split of the hub's dataset, or of pocket's questions.
+        first: Rows to skip.
+        rows: Rows to use after these; for pocket, questions.
+        rollouts: For pocket: rollouts per question.
+        per_question: For pocket: maximum number of pairs per question.
+        steps: For pocket: the fewest and the most steps of a problem.
+        wording: For pocket: ``usual``, or ``other``, sentences that the model has never seen.
     """
 
-    path: Text
-    split: Text = "train"
+    path: NonEmpty
+    split: NonEmpty = "train"
     first: Count = 0
     rows: Positive | None = None
     rollouts: Positive = 6
@@ -51,12 +50,12 @@ class Pretraining(Strict):
     """How the sparse autoencoder is made.
 
     Attributes:
-        checkpoint: A published autoencoder instead, for ``encoder: sequence``.
-        corpus: So many texts of pocket's own corpus; by default both sides of the training pairs.
+        checkpoint: Use this published autoencoder instead, for ``encoder: sequence``.
+        corpus: Number of texts of pocket's own corpus. Default: both sides of the training pairs.
         epochs, batch_size, learning_rate: As in :class:`sarm.model.Recipe`.
     """
 
-    checkpoint: Text | None = None
+    checkpoint: NonEmpty | None = None
     corpus: Positive | None = None
     epochs: Positive = 1
     batch_size: Positive = 512
@@ -64,17 +63,17 @@ class Pretraining(Strict):
 
 
 class RewardModel(Strict):
-    """What all reward models of the experiment have in common.
+    """Settings that all reward models of the experiment share.
 
     Attributes:
         layers: L, the decoder layers that are kept.
-        latents, k: Of the sparse autoencoder.
+        latents, k: Size of the sparse autoencoder, and latents that are kept per vector.
         rec_lambda, reconstructs: See :class:`sarm.model.SarmSettings`.
-        max_length: Tokens; pairs with a longer side are left out, and counted.
-        pretraining: Of the sparse autoencoder.
-        learning_rate: Of all that is trained.
-        frozen_learning_rates: In place of it in mode 0, where it costs little to try several: each model takes the one
-            with the lowest preference loss on a tenth of the training prompts, which it then does not learn from.
+        max_length: Maximum number of tokens; pairs with a longer side are left out, and counted.
+        pretraining: How the sparse autoencoder is pretrained.
+        learning_rate: Learning rate of all trained weights.
+        frozen_learning_rates: Replace it in mode 0, where it costs little to try several: each model takes the one with
+            the lowest preference loss on a tenth of the training prompts, which it does not learn from.
         epochs, batch_size, micro_batch, warmup, weight_decay, bf16: As in :class:`sarm.model.Recipe`.
     """
 
@@ -96,17 +95,17 @@ class RewardModel(Strict):
 
 
 class Cell(Strict):
-    """One way of ranking a pair; cells differ in nothing else.
+    """One way of ranking a pair. Cells differ in nothing else.
 
     Attributes:
         head: ``sarm``; ``dense``, a linear head on the z-scored vector itself; ``features``, a pack's reward with no
             training; ``length``, the number of tokens, with the sign that is right more often in training.
-        mode: The train mode, for ``sarm`` and ``dense``.
+        mode: The train mode of ``sarm`` and ``dense``.
         use_topk: Whether the head of ``sarm`` reads the k largest latents, or all pre-activations.
-        encoder: Of ``sarm``: pretrained on last tokens (``sequence``), on as many vectors of all tokens (``token``), or
-            not at all (``random``).
-        shuffled: In training, which side is preferred is decided by a coin.
-        pack: For ``features``.
+        encoder: For ``sarm``: pretrained on last tokens (``sequence``), on as many vectors of all tokens (``token``),
+            or not at all (``random``).
+        shuffled: In training, a coin decides which side is preferred.
+        pack: The pack of ``features``.
     """
 
     head: Literal["sarm", "dense", "features", "length"]
@@ -114,7 +113,7 @@ class Cell(Strict):
     use_topk: bool | None = None
     encoder: Literal["sequence", "token", "random"] | None = None
     shuffled: bool = False
-    pack: Text | None = None
+    pack: NonEmpty | None = None
 
     @model_validator(mode="after")
     def _says_what_it_is(self) -> Cell:
@@ -131,13 +130,13 @@ class Cell(Strict):
 
 
 class SarmArm(Arm):
-    """As in other experiments; or a cell of this one as the only reward.
+    """An arm as in other experiments; or a cell of this one as the only reward.
 
     Attributes:
         cell: The reward model, trained with the run's own seed.
     """
 
-    cell: Text | None = None
+    cell: NonEmpty | None = None
 
     @model_validator(mode="after")
     def _rewards_something(self) -> SarmArm:
@@ -159,29 +158,29 @@ class SarmConfig(Strict):
 
     Attributes:
         output: Folder for pairs and reward models.
-        name: Of the results, ``experiments/results/<name>.{json,md}``.
+        name: Name of the results, ``experiments/results/<name>.{json,md}``.
         model: ``mechreward/pocket``, a folder, or a model on the Hugging Face hub.
-        verifier: That judges sampled answers.
-        train: Pairs to learn from.
-        test: Sets of pairs to be measured on; the first is in distribution.
-        reward_model, cells: See there.
+        verifier: Name of the verifier that judges sampled answers.
+        train: Training pairs.
+        test: Sets of test pairs; the first is in distribution.
+        reward_model, cells: See their classes.
         main: The cell that the others are compared with.
         grpo: Policies trained with the cells' rewards.
         stored: Results of experiments 01 to 03 at the same budget, to compare the policies with.
-        seeds: One reward model of every cell for each.
+        seeds: Every cell has one reward model per seed.
     """
 
-    output: Text
-    name: Text
-    model: Text
+    output: NonEmpty
+    name: NonEmpty
+    model: NonEmpty
     verifier: Literal["math_boxed", "gsm8k", "exact_match"] = "math_boxed"
     train: Pairs
     test: Annotated[dict[str, Pairs], Field(min_length=1)]
     reward_model: RewardModel
     cells: Annotated[dict[str, Cell], Field(min_length=1)]
-    main: Text
+    main: NonEmpty
     grpo: SarmGrpo | None = None
-    stored: Text | None = None
+    stored: NonEmpty | None = None
     seeds: Annotated[list[Count], Field(min_length=1)]
 
     @model_validator(mode="after")

@@ -47,9 +47,9 @@ from mechreward.rollout.hf import MAX_TOKENS, load_model
 from sarm.preferences import Preference
 
 Mode = Literal[0, 1, 2, 3]
-"""Who learns, besides the head, which always learns from the preferences. 0: nobody. 1: the language model from the
-preferences. 2: language model and autoencoder, from preferences and reconstruction. 3, the recipe's: the language model
-from the preferences, the autoencoder from both."""
+"""What is trained besides the head, which always learns from the preferences. 0: nothing. 1: the language model, from
+the preferences. 2: language model and autoencoder, from preferences and reconstruction. 3, as in the released recipe:
+the language model from the preferences, the autoencoder from both."""
 
 Reconstructs = Literal["completion", "last"]
 
@@ -60,12 +60,12 @@ EPS = 1e-6
 
 
 def z_score(h: Tensor) -> Tensor:
-    """x = (h - mean) / (std + 1e-6) over the last dimension, std with Bessel's correction."""
+    """Return x = (h - mean) / (std + 1e-6) over the last dimension, std with Bessel's correction."""
     return (h - h.mean(dim=-1, keepdim=True)) / (h.std(dim=-1, keepdim=True) + EPS)
 
 
 def normalised_mse(x: Tensor, reconstructed: Tensor) -> Tensor:
-    """mean (x' - x)^2 / mean x^2 over the last dimension."""
+    """Return mean (x' - x)^2 / mean x^2 over the last dimension."""
     return (reconstructed - x).square().mean(dim=-1) / x.square().mean(dim=-1)
 
 
@@ -94,32 +94,32 @@ class TopKSAE(nn.Module):
             self.decoder.weight.copy_(F.normalize(self.encoder.weight.T, dim=0))
 
     def pre_acts(self, x: Tensor) -> Tensor:
-        """z = W_enc (x - pre_bias) + latent_bias, ``[..., d_model] -> [..., n]``."""
+        """Return z = W_enc (x - pre_bias) + latent_bias, ``[..., d_model] -> [..., n]``."""
         return self.encoder(x - self.pre_bias) + self.latent_bias
 
     def topk(self, z: Tensor) -> Tensor:
-        """The k largest of each vector's z, whatever their sign, and 0 elsewhere."""
+        """Keep the k largest of each vector's z, whatever their sign, and 0 elsewhere."""
         values, index = z.topk(self.k, dim=-1, sorted=False)
         return torch.zeros_like(z).scatter(-1, index, values)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """x' = W_dec f + pre_bias, ``[..., n] -> [..., d_model]``."""
+        """Return x' = W_dec f + pre_bias, ``[..., n] -> [..., d_model]``."""
         return self.decoder(latents) + self.pre_bias
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Latents ``[..., n]`` and reconstruction ``[..., d_model]``."""
+        """Return latents ``[..., n]`` and reconstruction ``[..., d_model]``."""
         latents = self.topk(self.pre_acts(x))
         return latents, self.decode(latents)
 
 
 def truncated(model: Any, layers: int) -> nn.Module:
-    """The first ``layers`` decoder layers of a causal language model, with its embedding, without the final norm.
+    """Cut a causal language model down to its embedding and first ``layers`` decoder layers, without the final norm.
 
-    Only these are kept; the model that is given is taken apart. The output's ``last_hidden_state`` is the residual
+    The model that is given is taken apart. The output's ``last_hidden_state`` is the residual
     stream after the last of them, ``blocks.<layers - 1>.hook_resid_post``.
 
     Raises:
-        ModelMismatchError: It has fewer layers, or another layout than Llama's, Gemma's, Qwen's and their like.
+        ModelMismatchError: It has fewer layers, or a layout unlike Llama's, Gemma's or Qwen's.
     """
     found = decoder_layers(model)
     decoder = model.get_decoder()
@@ -143,7 +143,7 @@ class Losses(NamedTuple):
     """A step's losses.
 
     Attributes:
-        total: What is minimised.
+        total: The loss that is minimised.
         preference: -log sigmoid(r_chosen - r_rejected), mean over pairs.
         reconstruction: Normalised MSE, 0 where it is not part of the loss.
         margins: r_chosen - r_rejected, ``[B]``, detached.
@@ -157,10 +157,10 @@ class Losses(NamedTuple):
 
 @dataclass(frozen=True)
 class SarmSettings:
-    """What a SARM is, besides its weights.
+    """A SARM's settings: everything but its weights.
 
     Attributes:
-        layers: L, the decoder layers that are kept.
+        layers: L, the number of decoder layers.
         use_topk: The head reads f = TopK(z) if True, z itself if False. The published recipe says False.
         mode: See :data:`Mode`.
         rec_lambda: Weight of the reconstruction in modes 2 and 3.
@@ -202,28 +202,28 @@ class Sarm(nn.Module):
             sae.requires_grad_(settings.mode in (2, 3))
 
     def hidden(self, ids: Tensor, attention: Tensor) -> Tensor:
-        """h at every token, ``[B, T] -> [B, T, d_model]`` float32; padding may be on either side."""
+        """Return h at every token, ``[B, T] -> [B, T, d_model]`` float32; padding may be on either side."""
         positions = (attention.cumsum(dim=-1) - 1).clamp(min=0)
         output = self.lm(input_ids=ids, attention_mask=attention, position_ids=positions, use_cache=False)
         return output.last_hidden_state.float()
 
     def features(self, x: Tensor) -> Tensor:
-        """What the head reads of x, ``[..., d_model] -> [..., n]``: f, z, or for the dense control x itself."""
+        """Return what the head reads of x, ``[..., d_model] -> [..., n]``: f, z, or for the dense control x itself."""
         if self.sae is None:
             return x
         z = self.sae.pre_acts(x)
         return self.sae.topk(z) if self.settings.use_topk else z
 
     def rewards(self, x: Tensor) -> Tensor:
-        """r of z-scored last-token vectors, ``[B, d_model] -> [B]``."""
+        """Return r of z-scored last-token vectors, ``[B, d_model] -> [B]``."""
         return self.head(self.features(x))[:, 0]
 
     def forward(self, ids: Tensor, attention: Tensor) -> Tensor:
-        """r of each sequence, ``[B]``."""
+        """Return r of each sequence, ``[B]``."""
         return self.rewards(z_score(last_of(self.hidden(ids, attention), attention)))
 
     def losses(self, ids: Tensor, attention: Tensor, answer: Tensor) -> Losses:
-        """The losses of B pairs, with the gradients of the train mode.
+        """Return the losses of B pairs, with the gradients of the train mode.
 
         Args:
             ids, attention: ``[2B, T]``, the chosen sequences, then the rejected ones.
@@ -247,18 +247,18 @@ class Sarm(nn.Module):
 
 
 def preference_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """Bradley-Terry: mean of -log sigmoid(r_chosen - r_rejected), ``[B], [B] -> []``."""
+    """Return the Bradley-Terry loss: mean of -log sigmoid(r_chosen - r_rejected), ``[B], [B] -> []``."""
     return -F.logsigmoid(chosen - rejected).mean()
 
 
 def is_last(attention: Tensor) -> Tensor:
-    """``[B, T]`` bool: the last token of each row that is attended to."""
+    """Mark the last attended token of each row, ``[B, T]`` bool."""
     place = torch.arange(1, attention.shape[1] + 1, device=attention.device) * attention
     return place == place.max(dim=1, keepdim=True).values
 
 
 def last_of(values: Tensor, attention: Tensor) -> Tensor:
-    """The last token's vector of each row, ``[B, T, d] -> [B, d]``."""
+    """Return the last token's vector of each row, ``[B, T, d] -> [B, d]``."""
     return values[is_last(attention)]
 
 
@@ -266,7 +266,7 @@ def last_of(values: Tensor, attention: Tensor) -> Tensor:
 
 
 class Tokens(NamedTuple):
-    """A prompt with an answer as the reward model reads it.
+    """A prompt with an answer, as the reward model reads it.
 
     Attributes:
         ids: Its tokens; the last one ends the answer.
@@ -278,13 +278,13 @@ class Tokens(NamedTuple):
 
 
 def encoded(tokenizer: Any, prompt: Text, answer: Text) -> Tokens:
-    """Tokens of a prompt and an answer, up to the one that ends the answer.
+    """Tokenize a prompt and an answer, up to the token that ends the answer.
 
-    A conversation is written by the tokenizer's chat template, without the white space that some write after the last
-    message; plain text gets the tokenizer's end-of-sequence token.
+    A conversation is written by the tokenizer's chat template, without the trailing white space of some templates;
+    plain text gets the tokenizer's end-of-sequence token.
 
     Raises:
-        DataError: The tokenizer cannot write a conversation, or knows no token that ends a text.
+        DataError: The tokenizer cannot write a conversation, or has no end-of-sequence token.
     """
     if isinstance(prompt, str) and isinstance(answer, str):
         if tokenizer.eos_token_id is None:
@@ -306,18 +306,18 @@ def encoded(tokenizer: Any, prompt: Text, answer: Text) -> Tokens:
 
 
 def _shared(ids: list[int], prompt: list[int]) -> int:
-    """How many of the ids are the prompt's: all of these, unless a token grew over the border; never the last."""
+    """Return how many ids are the prompt's: all of its ids, unless a token spans the border; never the last id."""
     same = sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(ids, prompt, strict=False)))
     return min(same, len(ids) - 1)
 
 
 def encoded_pair(tokenizer: Any, pair: Preference) -> tuple[Tokens, Tokens]:
-    """Both sides of a pair."""
+    """Tokenize both sides of a pair."""
     return encoded(tokenizer, pair.prompt, pair.chosen), encoded(tokenizer, pair.prompt, pair.rejected)
 
 
 def padded(sequences: Sequence[Tokens], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
-    """Ids and attention ``[B, T]`` int64, and the answers' tokens ``[B, T]`` bool, padded on the right."""
+    """Return ids and attention ``[B, T]`` int64, and the answers' tokens ``[B, T]`` bool, padded on the right."""
     width = max(len(s.ids) for s in sequences)
     ids = torch.tensor([[*s.ids, *[0] * (width - len(s.ids))] for s in sequences], device=device)
     attention = torch.tensor([[1] * len(s.ids) + [0] * (width - len(s.ids)) for s in sequences], device=device)
@@ -327,7 +327,7 @@ def padded(sequences: Sequence[Tokens], device: torch.device | str = "cpu") -> t
 
 
 def by_length(sequences: Sequence[Tokens], max_tokens: int = MAX_TOKENS) -> Iterator[list[int]]:
-    """Which sequences to run together: of like length, at most so many padded tokens."""
+    """Group sequences of like length into batches of at most ``max_tokens`` padded tokens."""
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i].ids))
     while order:
         count = max(1, max_tokens // len(sequences[order[-1]].ids))
@@ -337,12 +337,12 @@ def by_length(sequences: Sequence[Tokens], max_tokens: int = MAX_TOKENS) -> Iter
 
 @torch.no_grad()
 def read_vectors(sarm: Sarm, sequences: Sequence[Tokens], everywhere: bool = False) -> Tensor:
-    """z-scored vectors of sequences, by forward passes of the truncated decoder.
+    """Read z-scored vectors of sequences by forward passes of the truncated decoder.
 
     Args:
         sarm: Only its language model is used.
         sequences: N of them.
-        everywhere: Every token but the first of each sequence, an attention sink, in no particular order.
+        everywhere: Read every token but the first of each sequence, an attention sink, in no particular order.
 
     Returns:
         ``[N, d_model]`` float32 on the CPU, in the sequences' order; ``[tokens, d_model]`` with ``everywhere``.
@@ -364,7 +364,7 @@ def read_vectors(sarm: Sarm, sequences: Sequence[Tokens], everywhere: bool = Fal
 
 
 def read_pairs(sarm: Sarm, pairs: Sequence[tuple[Tokens, Tokens]]) -> Tensor:
-    """z-scored last-token vectors of pairs, ``[P, 2, d_model]`` float32 on the CPU, the chosen first."""
+    """Read z-scored last-token vectors of pairs, ``[P, 2, d_model]`` float32 on the CPU, the chosen first."""
     return read_vectors(sarm, [side for pair in pairs for side in pair]).view(len(pairs), 2, -1)
 
 
@@ -373,14 +373,14 @@ def read_pairs(sarm: Sarm, pairs: Sequence[tuple[Tokens, Tokens]]) -> Tensor:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How weights are learnt, by AdamW with a cosine schedule.
+    """How weights are trained, by AdamW with a cosine schedule.
 
     Attributes:
-        learning_rate: Its peak.
+        learning_rate: Peak learning rate.
         epochs: Passes over the pairs.
-        batch_size: Pairs (or vectors) a step.
+        batch_size: Pairs (or vectors) per step.
         micro_batch: Pairs in one forward pass; gradients are accumulated.
-        warmup: Share of the steps.
+        warmup: Share of the steps with a rising learning rate.
         weight_decay: AdamW's.
         bf16: Forward passes under bfloat16 autocast, weights in float32.
     """
@@ -401,7 +401,7 @@ def pretrain(sae: TopKSAE, vectors: Tensor, recipe: Recipe, seed: int) -> float:
         sae: Changed in place. ``pre_bias`` starts at the vectors' mean.
         vectors: ``[N, d_model]`` float32, z-scored: of last tokens, as published, or of all.
         recipe: ``batch_size`` counts vectors.
-        seed: Of the order.
+        seed: Random seed of the order.
 
     Returns:
         The mean loss over the last tenth of the steps.
@@ -435,7 +435,7 @@ def train(
         sarm: Changed in place.
         pairs: P of them, (chosen, rejected).
         recipe: ``batch_size`` counts pairs.
-        seed: Of the order.
+        seed: Random seed of the order.
         vectors: For mode 0, where they are known: what :func:`read_pairs` gives.
 
     Returns:
@@ -480,7 +480,7 @@ def _losses(sarm: Sarm, pairs: Sequence[tuple[Tokens, Tokens]], rows: list[int],
 
 
 def _descend(parameters: list[nn.Parameter], count: int, recipe: Recipe, seed: int, step: Any) -> None:
-    """AdamW over so many examples in random order, ``step(rows)`` making the gradients."""
+    """Run AdamW over ``count`` examples in random order; ``step(rows)`` makes the gradients and returns the loss."""
     from transformers import get_cosine_schedule_with_warmup
 
     generator = torch.Generator().manual_seed(seed)
@@ -499,16 +499,22 @@ def _descend(parameters: list[nn.Parameter], count: int, recipe: Recipe, seed: i
 
 @torch.no_grad()
 def score(sarm: Sarm, sequences: Sequence[Tokens]) -> Tensor:
-    """r of each sequence, ``[N]`` float32 on the CPU."""
-    x = read_vectors(sarm, sequences).to(sarm.head.weight.device)
-    return torch.cat([sarm.rewards(part) for part in x.split(1024)]).cpu()
+    """Return r of each sequence, ``[N]`` float32 on the CPU."""
+    return score_vectors(sarm, read_vectors(sarm, sequences))
+
+
+@torch.no_grad()
+def score_vectors(sarm: Sarm, vectors: Tensor) -> Tensor:
+    """Return r of z-scored last-token vectors, ``[N, d_model] -> [N]`` float32 on the CPU."""
+    device = sarm.head.weight.device
+    return torch.cat([sarm.rewards(part.to(device)) for part in vectors.split(1024)]).cpu()
 
 
 # -- what the latents say ---------------------------------------------------------------------------------------------
 
 
 def feature_scores(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """The paper's score of each latent, s = (c - j) / (c + j + mean(c + j)).
+    """Return the paper's score of each latent, s = (c - j) / (c + j + mean(c + j)).
 
     Args:
         chosen, rejected: Last-token latents of N answers each, ``[N, n]``.
@@ -521,7 +527,7 @@ def feature_scores(chosen: Tensor, rejected: Tensor) -> Tensor:
 
 
 def steered(latents: Tensor, latent: int, factor: float = 1.0, plus: float = 0.0) -> Tensor:
-    """The latents ``[..., n]`` with one of them multiplied and raised, for the head to read."""
+    """Multiply and raise one of the latents ``[..., n]``, for the head to read."""
     changed = latents.clone()
     changed[..., latent] = changed[..., latent] * factor + plus
     return changed
@@ -533,14 +539,14 @@ _SAE_KEYS = ("pre_bias", "latent_bias", "encoder.weight", "decoder.weight")
 
 
 def read_checkpoint(file: str | Path, k: int) -> TopKSAE:
-    """A published autoencoder (``.pt``, read without unpickling code) or one of ours (``.safetensors``).
+    """Read a published autoencoder (``.pt``, without unpickling code) or one of ours (``.safetensors``).
 
     Args:
         file: With the keys ``pre_bias``, ``latent_bias``, ``encoder.weight [n, d]``, ``decoder.weight [d, n]``.
-        k: Which the file does not say; the published one's name does.
+        k: The file does not hold it; the published file's name does.
 
     Raises:
-        SAEError: It cannot be read, or is something else.
+        SAEError: It cannot be read, or is not such an autoencoder.
     """
     file = Path(file)
     try:
@@ -563,10 +569,10 @@ def read_checkpoint(file: str | Path, k: int) -> TopKSAE:
 
 
 def new_sarm(model: str, settings: SarmSettings, sae: TopKSAE | None) -> tuple[Sarm, Any]:
-    """An untrained SARM of a model by name, and its tokenizer.
+    """Make an untrained SARM from a model's name, and load the tokenizer.
 
     Raises:
-        MechRewardError: The model cannot be had, or does not fit.
+        MechRewardError: The model is unavailable, or does not fit.
     """
     whole, tokenizer = load_model(model, torch.float32)  # for training, in which bf16 weights lose small updates
     d_model = whole.config.get_text_config().hidden_size
@@ -595,11 +601,11 @@ def save_sarm(sarm: Sarm, file: Path, model: str) -> None:
 
 
 def load_sarm(file: str | Path) -> tuple[Sarm, Any]:
-    """A trained SARM, frozen and in eval mode, and its tokenizer.
+    """Load a trained SARM, frozen and in eval mode, and its tokenizer.
 
     Raises:
-        SAEError: The file is no SARM.
-        MechRewardError: Its language model cannot be had.
+        SAEError: The file is not a SARM.
+        MechRewardError: Its language model is unavailable.
     """
     from safetensors import safe_open
 
@@ -627,14 +633,14 @@ def load_sarm(file: str | Path) -> tuple[Sarm, Any]:
 class SarmReward(Reward):
     """A trained SARM as a reward: its score of each rollout's text.
 
-    It reads with a frozen model of its own, so it needs no readings of the policy, works under any trainer, and cannot
-    be fooled by changed activations, only by text. Guards act on the raw score as on any feature reward's:
+    It reads with its own frozen model, so it needs no readings of the policy, works under any trainer, and cannot be
+    fooled by changed activations, only by text. Guards act on the raw score as on any feature reward's:
     r <- trust max(r, 0) + min(r, 0).
 
     Args:
         sarm: From :func:`load_sarm`.
         tokenizer: Its own.
-        name: What it is called in logs.
+        name: Its name in logs.
     """
 
     def __init__(self, sarm: Sarm, tokenizer: Any, name: str = "sarm"):
@@ -642,7 +648,7 @@ class SarmReward(Reward):
         self.sarm, self.tokenizer = sarm, tokenizer
 
     def score(self, batch: RolloutBatch, readings: Mapping[Request, Readings], sense: float = 1.0) -> Scores:
-        """Score the rollouts' texts; ``readings`` are not looked at."""
+        """Score the rollouts' texts; ``readings`` are ignored."""
         texts = zip(batch.prompts, batch.completions, strict=True)
         raw = score(self.sarm, [encoded(self.tokenizer, prompt, completion) for prompt, completion in texts])
         return Scores(lowered(raw, batch.trust, sense), parts={"raw": raw})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
 import json
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from mechreward.errors import DataError
 from mechreward.pocket.questions import OTHER_WORDING, WORDING, questions
 from mechreward.rollout.hf import load_model
 from mechreward.rollout.labelled import sample_rollouts
+from mechreward.unfinished import digest
 from sarm import model as method
 from sarm.config import Pairs, SarmConfig
 from sarm.model import Tokens
@@ -25,23 +25,22 @@ from sarm.preferences import Preference, read_preferences, write_preferences
 
 
 def prepared_pairs(config: SarmConfig, name: str, source: Pairs) -> list[Preference]:
-    """A set's pairs: read, or sampled once and kept in the experiment's folder."""
+    """Read a set's pairs; pairs of pocket are sampled once and kept in the experiment's folder."""
     if source.path != pocket.MODEL_ID:
         wanted = None if source.rows is None else source.first + source.rows
         pairs = read_preferences(source.path, source.split, wanted)[source.first :]
         if not pairs:
             raise DataError(f"{source.path} has no pairs after the first {source.first}.")
         return pairs
-    decides = {"model": config.model, "verifier": config.verifier, **source.model_dump()}
-    digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
-    file = Path(config.output) / "pairs" / f"{name.replace(' ', '-')}-{digest}.jsonl"
+    cache_key = {"model": config.model, "verifier": config.verifier, **source.model_dump()}
+    file = Path(config.output) / "pairs" / f"{name.replace(' ', '-')}-{digest(cache_key)}.jsonl"
     if not file.exists():
         write_preferences(sampled_pairs(config, source), file)
     return read_preferences(file)
 
 
 def sampled_pairs(config: SarmConfig, source: Pairs) -> list[Preference]:
-    """The model's own right and wrong answers to the same questions, as texts; no text is used twice."""
+    """Pair the model's own right and wrong answers to the same questions, as texts; no text is used twice."""
     model, tokenizer = load_model(config.model)
     wording = WORDING if source.wording == "usual" else OTHER_WORDING
     low, high = source.steps
@@ -79,7 +78,7 @@ class PairSet:
     Attributes:
         pairs: As text.
         tokens: As the reward model reads them.
-        groups: Number of each one's prompt, ``[P]``: pairs of one prompt are alike.
+        groups: The number of each pair's prompt, ``[P]``: pairs of one prompt are alike.
         left_out: How many were too long.
     """
 
@@ -98,5 +97,5 @@ class PairSet:
         return cls([pairs[i] for i in kept], [tokens[i] for i in kept], groups, len(pairs) - len(kept))
 
     def count(self) -> dict[str, int]:
-        """How many pairs, of how many prompts, and how many more were too long."""
+        """Return how many pairs there are, of how many prompts, and how many more were too long."""
         return {"pairs": len(self.pairs), "prompts": len(np.unique(self.groups)), "left_out": self.left_out}

@@ -33,8 +33,8 @@ class Preference:
     """A pair.
 
     Attributes:
-        prompt: What both answer: a text, or a conversation.
-        chosen, rejected: The answers, texts or messages as the prompt is.
+        prompt: What both sides answer: a text, or a conversation.
+        chosen, rejected: The answers, texts or messages like the prompt.
     """
 
     prompt: Text
@@ -43,15 +43,15 @@ class Preference:
 
 
 def read_preferences(path: str | Path, split: str = "train", rows: int | None = None) -> list[Preference]:
-    """Pairs from a local file or the hub; the first ``rows`` of them.
+    """Read pairs from a local file or the hub.
 
     Args:
         path: A ``.jsonl`` or ``.jsonl.gz`` file, or a dataset on the Hugging Face hub.
-        split: Of the hub's dataset.
-        rows: All by default.
+        split: Split of the hub's dataset.
+        rows: Read only the first so many. Default: all.
 
     Raises:
-        DataError: It cannot be read, holds no pair, or a row is no pair: the sentence names the row.
+        DataError: It cannot be read, holds no pairs, or a row is not a pair: the sentence names the row.
     """
     local = str(path).endswith((".jsonl", ".jsonl.gz"))
     source = _lines(Path(path)) if local else _hub(str(path), split)
@@ -74,10 +74,10 @@ def write_preferences(pairs: Iterable[Preference], file: Path) -> None:
 
 
 def preference(row: Any, where: str) -> Preference:
-    """The pair that a row stands for.
+    """Read the pair in a row.
 
     Raises:
-        DataError: It is none.
+        DataError: The row is not a pair.
     """
     if not isinstance(row, dict):
         raise DataError(f"{where} is {shown(row)}, not an object with 'chosen' and 'rejected'.")
@@ -108,7 +108,7 @@ def _is_message(value: Any) -> bool:
 
 
 def _with_prompt(prompt: Any, sides: Sequence[Any], where: str) -> tuple[Text, Text, Text]:
-    """Both answers in the prompt's own form."""
+    """Bring both answers into the prompt's form."""
     if isinstance(prompt, str):
         if not all(isinstance(side, str) for side in sides):
             raise DataError(f"{where}: prompt is a text and an answer is messages: give both in one form.")
@@ -129,7 +129,7 @@ _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 
 
 def _turns(side: str | list[dict[str, str]], where: str) -> list[dict[str, str]]:
-    """A dialogue's messages; of hh-rlhf's text, its turns."""
+    """Return a dialogue's messages; for hh-rlhf's text, its turns."""
     if not isinstance(side, str):
         return _messages(side)
     before, *parts = re.split(r"\n\n(Human|Assistant):", side)
@@ -144,7 +144,7 @@ def _turns(side: str | list[dict[str, str]], where: str) -> list[dict[str, str]]
 
 
 def _common_beginning(chosen: list, rejected: list, where: str) -> tuple[list, list, list]:
-    """(prompt, chosen, rejected): what two dialogues share, and where each goes on."""
+    """Return (prompt, chosen, rejected): what two dialogues share, and the rest of each."""
     same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False)))
     if same in (len(chosen), len(rejected)):
         raise DataError(f"{where}: one dialogue is the beginning of the other, or both are the same: leave it out.")
@@ -173,11 +173,11 @@ def _hub(path: str, split: str) -> Iterator[tuple[str, Any]]:
     datasets = require("datasets", "trl")
     try:
         rows = datasets.load_dataset(path, split=split)
-    except Exception as error:  # `datasets` has no base class for what can go wrong: network, names, formats
-        said = " ".join(str(error).split())
+    except Exception as error:  # `datasets` has no base class for its errors: network, names, formats
+        message = " ".join(str(error).split())
         raise DataError(
-            f"{path} ({split}) cannot be loaded ({type(error).__name__}: {said[:200]}): check its name and split, and "
-            "the network, or download it and give a local .jsonl or .jsonl.gz file."
+            f"{path} ({split}) cannot be loaded ({type(error).__name__}: {message[:200]}): check its name and split, "
+            "and the network, or download it and give a local .jsonl or .jsonl.gz file."
         ) from error
     for number, row in enumerate(rows):
         yield f"{path} ({split}), row {number}", row

@@ -1,84 +1,62 @@
-"""What experiment 04 says when its cells and policies are put side by side."""
+"""The results of experiment 04: its cells and policies side by side."""
 
 from __future__ import annotations
 
 import itertools
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from common.comparison import accuracy_at_the_end, finished_runs, gap, read_runs
+from common.tables import numbers, table
 from mechreward.errors import ConfigError
 from mechreward.integrations.made import Made, made_by, made_sentence
 from mechreward.integrations.recording import ENVIRONMENT, environment
-from mechreward.train.results import (
-    Difference,
-    Run,
-    finished_runs,
-    read_runs,
-    resampled_interval,
-    t_interval,
-    without_infinities,
-)
-from mechreward.train.results import difference as paired_difference
+from mechreward.train.results import Difference, Run, difference, t_interval, widest, without_infinities
+from sarm.cells import cell_folder
 from sarm.config import SarmConfig
 
 Found = dict[str, list[dict[str, Any]]]
 """By cell, each seed's ``result.json``."""
 
 
-def write(config: SarmConfig, out: Path) -> str:
-    """Write ``<name>.json`` and ``<name>.md``, and return the page."""
-    found, text = report(config), ""
-    out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(without_infinities(found), indent=1, allow_nan=False)
-    flat = re.sub(r"\[\n\s+([^\[\]{}]*?)\n\s+\]", lambda m: "[" + re.sub(r"\n\s+", " ", m[1]) + "]", text)
-    (out / f"{config.name}.json").write_text(flat + "\n", encoding="utf-8")
-    shown = markdown(json.loads(flat))
-    (out / f"{config.name}.md").write_text(shown, encoding="utf-8")
-    return shown
-
-
 def report(config: SarmConfig) -> dict[str, Any]:
-    """Everything that is reported, as JSON: of the cells that are finished with every seed.
+    """Return everything that is reported, as JSON, of the cells that are finished with every seed.
 
     Raises:
-        ConfigError: The main cell is not.
+        ConfigError: The main cell is not finished.
     """
-    found = read_cells(config)
+    found, tests = read_cells(config), list(config.test)
     if config.main not in found:
         raise ConfigError(f"Cell '{config.main}' is not finished in {config.output}: make it with --stage models.")
-    some = found[config.main][0]
+
+    def differences(one: str, two: str) -> dict[str, Any]:
+        return {test: minus(found[one], found[two], test).report() for test in tests}
+
     whole: dict[str, Any] = {
         "made": made_by_all(config, found),
         "settings": config.model_dump(mode="json"),
         "environment": environment(),
-        "pairs": some["pairs"],
-        "cells": {name: _of_cell(runs, list(config.test)) for name, runs in found.items()},
+        "pairs": found[config.main][0]["pairs"],
+        "cells": {name: _of_cell(runs, tests) for name, runs in found.items()},
         "main": config.main,
         "unfinished": [name for name in config.cells if name not in found],
-        "differences": {
-            name: {test: difference(found[config.main], runs, test).report() for test in config.test}
-            for name, runs in found.items()
-            if name != config.main
-        },
+        "differences": {name: differences(config.main, name) for name in found if name != config.main},
         "twins": {
-            f"{one} - {two}": {test: difference(found[one], found[two], test).report() for test in config.test}
-            for one, two in twins(config)
-            if one in found and two in found
+            f"{one} - {two}": differences(one, two) for one, two in twins(config) if one in found and two in found
         },
         "grpo": None,
     }
     if config.grpo is not None and finished_runs(config.grpo.output):
         whole["grpo"] = of_policies(config)
-    return whole
+    return without_infinities(whole)
 
 
 def twins(config: SarmConfig) -> list[tuple[str, str]]:
-    """Cells that differ in the encoder alone: pretrained on last tokens, and otherwise; without the main cell's."""
+    """Return cells that differ only in the encoder: pretrained on last tokens, or otherwise; without the main cell."""
     cells = {name: cell for name, cell in config.cells.items() if cell.head == "sarm" and not cell.shuffled}
     return [
         (one, two)
@@ -90,59 +68,50 @@ def twins(config: SarmConfig) -> list[tuple[str, str]]:
 
 
 def read_cells(config: SarmConfig) -> Found:
-    """The results of every cell that is finished with all seeds."""
+    """Read the results of every cell that is finished with all seeds."""
     found: Found = {}
     for name in config.cells:
-        files = [Path(config.output) / "models" / name / f"seed-{seed}" / "result.json" for seed in config.seeds]
+        files = [cell_folder(config, name, seed) / "result.json" for seed in config.seeds]
         if all(file.exists() for file in files):
             found[name] = [json.loads(file.read_text(encoding="utf-8")) for file in files]
     return found
 
 
 def made_by_all(config: SarmConfig, cells: Iterable[str]) -> Made:
-    """At which commits and when these cells were made, and the policies."""
-    runs = [Path(config.output) / "models" / cell / f"seed-{seed}" for cell in cells for seed in config.seeds]
+    """Return at which commits and when these cells, and the policies, were made."""
+    runs = [cell_folder(config, cell, seed) for cell in cells for seed in config.seeds]
     if config.grpo is not None:
         runs += [file.parent for file in finished_runs(config.grpo.output)]
     return made_by(folder / ENVIRONMENT for folder in runs)
 
 
 def _of_cell(runs: Sequence[Mapping[str, Any]], tests: list[str]) -> dict[str, Any]:
-    told: dict[str, Any] = {"sets": {test: _accuracy([_correct(run, test) for run in runs]) for test in tests}}
+    cell: dict[str, Any] = {"sets": {}}
+    for test in tests:
+        accuracy = Difference.of([_correct(run, test) for run in runs])  # from 0
+        cell["sets"][test] = {key: vars(accuracy)[key] for key in ("mean", "per_seed", "student", "resampled")}
     for key in ("learning_rate", "pretraining_loss", "seconds"):
-        told[key] = [run.get(key) for run in runs]
+        cell[key] = [run.get(key) for run in runs]
     if runs[0].get("top_latents"):
-        told["top_latents"] = {test: float(np.mean([run["top_latents"][test] for run in runs])) for test in tests}
-    return told
+        cell["top_latents"] = {test: float(np.mean([run["top_latents"][test] for run in runs])) for test in tests}
+    return cell
 
 
 def _correct(run: Mapping[str, Any], test: str) -> np.ndarray:
-    """For each prompt of a set, the share of its pairs that are ranked rightly."""
+    """Return for each prompt of a set the share of its pairs that are ranked rightly."""
     return np.array(run["sets"][test]["correct"])
 
 
-def _accuracy(per_prompt: list[np.ndarray]) -> dict[str, Any]:
-    means = [float(values.mean()) for values in per_prompt]
-    return {
-        "mean": float(np.mean(means)),
-        "per_seed": means,
-        "student": t_interval(means),
-        "resampled": resampled_interval(per_prompt),
-    }
-
-
-def difference(one: Sequence[Mapping[str, Any]], two: Sequence[Mapping[str, Any]], test: str) -> Difference:
-    """Pairwise accuracy on a set, one cell minus another, paired by seed and prompt."""
-    gaps = [_correct(a, test) - _correct(b, test) for a, b in zip(one, two, strict=True)]
-    means = [float(gap.mean()) for gap in gaps]
-    return Difference(float(np.mean(means)), means, resampled_interval(gaps), t_interval(means))
+def minus(one: Sequence[Mapping[str, Any]], two: Sequence[Mapping[str, Any]], test: str) -> Difference:
+    """Return the pairwise accuracy of one cell minus another's on a set, paired by seed and prompt."""
+    return Difference.of([_correct(a, test) - _correct(b, test) for a, b in zip(one, two, strict=True)])
 
 
 # -- policies ---------------------------------------------------------------------------------------------------------
 
 
 def of_policies(config: SarmConfig) -> dict[str, Any]:
-    """The finished runs of the configuration's arms, against each other and against stored results.
+    """Compare the finished runs of the configuration's arms with each other, and with stored results.
 
     Stored results hold each seed's accuracy and not its answers, so that intervals against them are over seeds alone.
 
@@ -152,11 +121,10 @@ def of_policies(config: SarmConfig) -> dict[str, Any]:
     assert config.grpo is not None
     found, budget = read_runs(config.grpo.output)
     arms = {name: found[name] for name in config.grpo.arms if name in found}
-    base = _stored(config, budget)
-    pairs = {f"{a} - {b}": difference_of(arms[a], arms[b]) for a, b in itertools.combinations(arms, 2)}
+    stored = _stored(config, budget)
     return {
         "budget": budget,
-        "stored": base,
+        "stored": stored,
         "arms": {name: _of_arm(runs) for name, runs in arms.items()},
         "unfinished": [
             f"{name} seed {seed}"
@@ -164,23 +132,20 @@ def of_policies(config: SarmConfig) -> dict[str, Any]:
             if seed not in {run.seed for run in found.get(name, [])}
         ],
         "against_stored": {
-            f"{name} - {other}": _gap({run.seed: float(run.curve("right")[-1]) for run in runs}, per_seed)
+            f"{name} - {other}": gap(accuracy_at_the_end(runs), per_seed)
             for name, runs in arms.items()
-            for other, per_seed in base.items()
+            for other, per_seed in stored.items()
         },
-        "pairs": {pair: gap for pair, gap in pairs.items() if gap is not None},
+        "pairs": {
+            f"{one} - {two}": difference(arms[one], arms[two]).report()
+            for one, two in itertools.combinations(arms, 2)
+            if {run.seed for run in arms[one]} & {run.seed for run in arms[two]}
+        },
     }
 
 
-def difference_of(one: list[Run], two: list[Run]) -> dict[str, Any] | None:
-    """Accuracy at the last step, paired by seed and question; None where no seed is in both."""
-    if not {run.seed for run in one} & {run.seed for run in two}:
-        return None
-    return paired_difference(one, two).report()
-
-
 def _stored(config: SarmConfig, budget: dict[str, Any]) -> dict[str, dict[int, float]]:
-    """Each seed's accuracy at the last step, of the stored arms that reward the outcome or features alone."""
+    """Read each seed's accuracy at the last step, of the stored arms that reward the outcome or features alone."""
     if config.stored is None:
         return {}
     try:
@@ -194,12 +159,6 @@ def _stored(config: SarmConfig, budget: dict[str, Any]) -> dict[str, dict[int, f
         name: {seed: values[-1] for seed, values in zip(arm["seeds"], arm["curves"]["right"]["per_seed"], strict=True)}
         for name, arm in arms.items()
     }
-
-
-def _gap(ours: Mapping[int, float], theirs: Mapping[int, float]) -> dict[str, Any]:
-    """One arm's accuracy minus another's, over the seeds of both, with Student's interval."""
-    gaps = [ours[seed] - theirs[seed] for seed in sorted(ours) if seed in theirs]
-    return {"mean": float(np.mean(gaps)), "per_seed": gaps, "student": t_interval(gaps)}
 
 
 def _of_arm(runs: list[Run]) -> dict[str, Any]:
@@ -223,39 +182,20 @@ def _of_arm(runs: list[Run]) -> dict[str, Any]:
 
 
 def markdown(found: dict[str, Any]) -> str:
-    """Tables: pairwise accuracy, differences, what the latents carry; then the policies."""
+    """Return the page: pairwise accuracy, differences, what the latents carry, and the policies."""
     tests = list(found["settings"]["test"])
-    lines = [_setting(found), "", "### Pairwise accuracy", ""]
-    lines += ["| cell | " + " | ".join(tests) + " | by seed, the first |", "|---" * (len(tests) + 2) + "|"]
-    for name, cell in found["cells"].items():
-        cells = [_mean(cell["sets"][test]) for test in tests]
-        seeds = " ".join(f"{value:.3f}" for value in cell["sets"][tests[0]]["per_seed"])
-        lines.append(f"| {name} | {' | '.join(cells)} | {seeds} |")
-    if found["unfinished"]:
-        lines += ["", f"Planned in the configuration and not made: {', '.join(found['unfinished'])}."]
-    main = found["main"]
-    lines += ["", f"### `{main}` minus each other cell, paired by seed and prompt", ""]
-    lines += ["| minus | " + " | ".join(tests) + " |", "|---" * (len(tests) + 1) + "|"]
-    for name, sets in found["differences"].items():
-        lines.append(f"| {name} | {' | '.join(_difference(sets[test]) for test in tests)} |")
-    lines += ["", *_verdicts(found, tests)]
-    if found["twins"]:
-        lines += ["", "### Other cells that differ in the encoder alone", ""]
-        lines += ["| pair | " + " | ".join(tests) + " |", "|---" * (len(tests) + 1) + "|"]
-        for pair, sets in found["twins"].items():
-            lines.append(f"| {pair} | {' | '.join(_difference(sets[test]) for test in tests)} |")
-    lines += ["", "### How they were made", ""]
-    lines += ["| cell | learning rates chosen | loss after pretraining | top 10 latents' share of the margins |"]
-    lines += ["|---|---|---|---|"]
-    for name, cell in found["cells"].items():
-        rates = " ".join(f"{rate:g}" for rate in cell["learning_rate"] if rate is not None)
-        losses = [loss for loss in cell["pretraining_loss"] if loss is not None]
-        reached = f"{np.mean(losses):.3f}" if losses else ""
-        share = f"{cell['top_latents'][tests[0]]:.2f}" if "top_latents" in cell else ""
-        lines.append(f"| {name} | {rates} | {reached} | {share} |")
-    if found["grpo"] is not None:
-        lines += ["", *_policies(found["grpo"])]
-    return "\n".join(lines) + "\n"
+    title = f"`{found['main']}` minus each other cell, paired by seed and prompt"
+    twins = _differences("Other cells that differ in the encoder alone", "pair", found["twins"], tests)
+    sections = [
+        [_setting(found)],
+        _accuracy(found, tests),
+        _differences(title, "minus", found["differences"], tests),
+        _verdicts(found, tests),
+        twins if found["twins"] else [],
+        _making(found, tests),
+        [] if found["grpo"] is None else _policies(found["grpo"]),
+    ]
+    return "\n".join("\n".join(lines) + "\n" for lines in sections if lines)
 
 
 def _setting(found: dict[str, Any]) -> str:
@@ -271,10 +211,81 @@ def _setting(found: dict[str, Any]) -> str:
     )
 
 
+def _accuracy(found: dict[str, Any], tests: list[str]) -> list[str]:
+    rows = []
+    for name, cell in found["cells"].items():
+        accuracies = [_figure(cell["sets"][test], ".3f") for test in tests]
+        rows.append([name, *accuracies, numbers(cell["sets"][tests[0]]["per_seed"])])
+    header = f"| cell | {' | '.join(tests)} | by seed, the first |"
+    return ["### Pairwise accuracy", "", *table(header, rows), *_unfinished(found)]
+
+
+def _unfinished(found: Mapping[str, Any]) -> list[str]:
+    names = found["unfinished"]
+    return ["", f"Planned in the configuration and not made: {', '.join(names)}."] if names else []
+
+
+def _differences(title: str, first: str, found: dict[str, Any], tests: list[str]) -> list[str]:
+    rows = [[name, *(_difference(sets[test]) for test in tests)] for name, sets in found.items()]
+    return [f"### {title}", "", *table(f"| {first} | {' | '.join(tests)} |", rows)]
+
+
+def _verdicts(found: dict[str, Any], tests: list[str]) -> list[str]:
+    """Say what the starred differences show, on the first set."""
+    lines = ["A star: both intervals leave out 0, without correction for the number of comparisons.", ""]
+    for name, sets in found["differences"].items():
+        d = sets[tests[0]]
+        if d["shown"]:
+            more = "more" if d["mean"] > 0 else "less"
+            lines.append(f"- `{found['main']}` is {more} accurate than `{name}` ({tests[0]}): {_figure(d, '+.3f')}.")
+        else:
+            lines.append(f"- No difference from `{name}` shown ({tests[0]}): {_difference(d)}.")
+    return lines
+
+
+def _making(found: dict[str, Any], tests: list[str]) -> list[str]:
+    rows = []
+    for name, cell in found["cells"].items():
+        rates = " ".join(f"{rate:g}" for rate in cell["learning_rate"] if rate is not None)
+        losses = [loss for loss in cell["pretraining_loss"] if loss is not None]
+        reached = f"{np.mean(losses):.3f}" if losses else ""
+        rows.append([name, rates, reached, f"{cell['top_latents'][tests[0]]:.2f}" if "top_latents" in cell else ""])
+    header = "| cell | learning rates chosen | loss after pretraining | top 10 latents' share of the margins |"
+    return ["### How they were made", "", *table(header, rows)]
+
+
 def _policies(grpo: Mapping[str, Any]) -> list[str]:
     t = grpo["budget"]["training"]
     steps = next(iter(grpo["arms"].values()))["steps"]
-    lines = [
+    rows = []
+    for name, arm in grpo["arms"].items():
+        tokens, reward = np.mean(arm["tokens"], axis=0), np.array(arm["reward"], dtype=float).mean(axis=0)
+        rows.append(
+            [
+                name,
+                str(len(arm["seeds"])),
+                *(f"{value:.3f}" for value in arm["curve"]),
+                numbers(arm["per_seed"]),
+                f"{np.mean(arm['greedy_accuracy']):.3f}",
+                f"{tokens[0]:.1f}, {tokens[1]:.1f}",
+                f"{np.mean(arm['kl']):.4f}",
+                "" if np.isnan(reward).any() else f"{reward[0]:+.2f}, {reward[1]:+.2f}",  # no reward model, no score
+            ]
+        )
+    header = (
+        f"| arm | seeds | {' | '.join(f'step {step}' for step in steps)} | by seed, at the end | greedy | tokens | KL "
+        "| raw reward, first and last five steps |"
+    )
+    stored = [
+        f"| {name}, stored | {len(per_seed)} {'| ' * len(steps)}| {numbers(per_seed.values())} | | | | |"
+        for name, per_seed in grpo["stored"].items()
+    ]
+    gaps = [
+        [f"{pair}, stored", _figure({**d, "resampled": d["student"]}, "+.3f"), numbers(d["per_seed"], "+.3f")]
+        for pair, d in grpo["against_stored"].items()
+    ]
+    gaps += [[pair, _difference(d), numbers(d["per_seed"], "+.3f")] for pair, d in grpo["pairs"].items()]
+    return [
         "## As the only reward in GRPO",
         "",
         f"{t['max_steps']} steps of {t['prompts_per_step'] * t['num_generations']} rollouts, learning rate "
@@ -282,68 +293,22 @@ def _policies(grpo: Mapping[str, Any]) -> list[str]:
         "they were stored. Each seed's policy is rewarded by the reward model of that seed. Intervals against what is "
         "stored: 95 %, Student's t over seeds.",
         "",
-        "| arm | seeds | "
-        + " | ".join(f"step {step}" for step in steps)
-        + " | by seed, at the end | greedy | tokens | KL "
-        "| raw reward, first and last five steps |",
-        "|---" * (len(steps) + 7) + "|",
+        *table(header, rows),
+        *stored,
+        *_unfinished(grpo),
+        "",
+        *table("| accuracy at the end | difference | by seed |", gaps),
     ]
-    for name, arm in grpo["arms"].items():
-        tokens, reward = np.mean(arm["tokens"], axis=0), np.array(arm["reward"], dtype=float).mean(axis=0)
-        earned = "" if np.isnan(reward).any() else f"{reward[0]:+.2f}, {reward[1]:+.2f}"  # no reward model, no score
-        lines.append(
-            f"| {name} | {len(arm['seeds'])} | {' | '.join(f'{value:.3f}' for value in arm['curve'])} "
-            f"| {' '.join(f'{value:.3f}' for value in arm['per_seed'])} | {np.mean(arm['greedy_accuracy']):.3f} "
-            f"| {tokens[0]:.1f}, {tokens[1]:.1f} | {np.mean(arm['kl']):.4f} | {earned} |"
-        )
-    for name, per_seed in grpo["stored"].items():
-        blank = "| " * len(steps)
-        seeds = " ".join(f"{value:.3f}" for value in per_seed.values())
-        lines.append(f"| {name}, stored | {len(per_seed)} {blank}| {seeds} | | | | |")
-    if grpo["unfinished"]:
-        lines += ["", f"Planned in the configuration and not made: {', '.join(grpo['unfinished'])}."]
-    lines += ["", "| accuracy at the end | difference | by seed |", "|---|---|---|"]
-    for pair, gap in grpo["against_stored"].items():
-        seeds = " ".join(f"{value:+.3f}" for value in gap["per_seed"])
-        lines.append(f"| {pair}, stored | {_with_student(gap)} | {seeds} |")
-    for pair, gap in grpo["pairs"].items():
-        seeds = " ".join(f"{value:+.3f}" for value in gap["per_seed"])
-        lines.append(f"| {pair} | {_difference(gap)} | {seeds} |")
-    return lines
 
 
-def _with_student(gap: Mapping[str, Any]) -> str:
-    low, high = gap["student"]
-    return f"{gap['mean']:+.3f}" + ("" if low is None else f" ({low:+.3f} to {high:+.3f})")
+def _figure(found: Mapping[str, Any], form: str) -> str:
+    """Format a mean with the wider ends of both intervals; a single seed has none."""
+    shown = f"{found['mean']:{form}}"
+    if None in found["student"]:
+        return shown
+    low, high = widest(dict(found))
+    return f"{shown} ({low:{form}} to {high:{form}})"
 
 
-def _ends(figure: Mapping[str, Any]) -> tuple[float, float] | None:
-    """The wider ends of both intervals; None for a single seed."""
-    if None in figure["student"]:
-        return None
-    low, high = zip(figure["student"], figure["resampled"], strict=True)
-    return min(low), max(high)
-
-
-def _mean(figure: Mapping[str, Any]) -> str:
-    ends = _ends(figure)
-    return f"{figure['mean']:.3f}" + ("" if ends is None else f" ({ends[0]:.3f} to {ends[1]:.3f})")
-
-
-def _difference(figure: Mapping[str, Any]) -> str:
-    ends = _ends(figure)
-    shown = "" if ends is None else f" ({ends[0]:+.3f} to {ends[1]:+.3f})"
-    return f"{figure['mean']:+.3f}{shown}" + (" *" if figure["shown"] else "")
-
-
-def _verdicts(found: dict[str, Any], tests: list[str]) -> list[str]:
-    """What the starred differences say, on the first set."""
-    said = ["A star: both intervals leave out 0, without correction for the number of comparisons.", ""]
-    for name, sets in found["differences"].items():
-        d = sets[tests[0]]
-        if d["shown"]:
-            more = "more" if d["mean"] > 0 else "less"
-            said.append(f"- `{found['main']}` is {more} accurate than `{name}` ({tests[0]}): {_difference(d)[:-2]}.")
-        else:
-            said.append(f"- No difference from `{name}` shown ({tests[0]}): {_difference(d)}.")
-    return said
+def _difference(found: Mapping[str, Any]) -> str:
+    return _figure(found, "+.3f") + (" *" if found["shown"] else "")

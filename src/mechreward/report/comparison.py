@@ -13,15 +13,13 @@ import numpy as np
 
 from mechreward.errors import ConfigError, nearest
 from mechreward.report.runs import Folder
-from mechreward.train.page import verdict
 from mechreward.train.results import (
     Difference,
     Run,
     difference,
     over_seeds,
     reading_moved,
-    resampled_interval,
-    t_interval,
+    verdict,
     without_infinities,
 )
 from mechreward.train.runner import first_difference
@@ -120,9 +118,7 @@ def _ends(runs: Sequence[Run]) -> dict[str, Any]:
 
 def _gained(runs: Sequence[Run]) -> Difference:
     """The last step minus the first, on the same questions."""
-    each = [run.rows[-1]["right"] - run.rows[0]["right"] for run in runs]
-    means = [float(values.mean()) for values in each]
-    return Difference(float(np.mean(means)), means, resampled_interval(each), t_interval(means))
+    return Difference.of([run.rows[-1]["right"] - run.rows[0]["right"] for run in runs])
 
 
 def _training(runs: Sequence[Folder]) -> dict[str, Any]:

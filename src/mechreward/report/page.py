@@ -27,7 +27,7 @@ from mechreward.report.comparison import compare
 from mechreward.report.curves import COST, alarms, cost, curves
 from mechreward.report.rollouts import finite, rollouts
 from mechreward.report.runs import Folder
-from mechreward.train.page import widest
+from mechreward.train.results import widest
 
 HERE = Path(__file__).parent
 

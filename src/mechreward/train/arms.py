@@ -1,12 +1,11 @@
-"""What each arm rewards: the pack's features, the outcome, and controls that take the features' place."""
+"""What each arm rewards: the pack's features, the outcome, and controls that replace the features."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.numpy import load_file, save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mechreward import verifiers
@@ -33,29 +32,29 @@ from mechreward.reward.guards import Guard
 from mechreward.reward.outcome import OutcomeReward
 from mechreward.rollout.batch import RolloutBatch
 from mechreward.rollout.hf import load_model, over_tokens, read_in_pieces
-from mechreward.rollout.labelled import sample_rollouts
+from mechreward.rollout.labelled import Labelled, sample_rollouts
 from mechreward.sae.handle import SAEHandle
 from mechreward.sae.registry import load_sae
 from mechreward.train.config import Arm, ExperimentConfig, Features
 from mechreward.train.data import load
+from mechreward.unfinished import digest
 
 NEIGHBOURS = 20
 """A random control is drawn from this many latents whose firing rates are nearest to the feature's."""
 
-
 ROLLOUTS = "rollouts.jsonl"
-"""In a run's folder: what was written in training, where an experiment keeps it."""
+"""The file in a run's folder with the training rollouts, in experiments that keep them."""
 
 
 @dataclass(frozen=True)
-class Outfit:
+class RunSetup:
     """What a run is trained with.
 
     Attributes:
-        reward: What is rewarded.
-        guards: What may lower it; None for the trainer's default.
-        monitors: What is logged besides.
-        beta: KL coefficient in place of the configuration's.
+        reward: The reward.
+        guards: Guards that may lower it; None for the trainer's default.
+        monitors: Monitors, logged beside it.
+        beta: KL coefficient, instead of the configuration's.
     """
 
     reward: Reward
@@ -64,14 +63,14 @@ class Outfit:
     beta: float | None = None
 
 
-def outfit(config: ExperimentConfig, arm: str, seed: int, folder: Path) -> Outfit:
-    """An arm's reward, and no more."""
-    return Outfit(build(config, config.arms[arm], seed))
+def setup(config: ExperimentConfig, arm: str, seed: int, folder: Path) -> RunSetup:
+    """Set a run up with its arm's reward alone."""
+    return RunSetup(build(config, config.arms[arm], seed))
 
 
 @dataclass(frozen=True)
 class Contrast:
-    """Rollouts of the untrained model on the discovery questions, and what was read on them.
+    """Readings on the untrained model's rollouts on the discovery questions.
 
     Attributes:
         latents: Every SAE latent, aggregated over each rollout, ``[n, d_sae]`` float32.
@@ -87,10 +86,10 @@ class Contrast:
 
 
 def build(config: ExperimentConfig, arm: Arm, seed: int) -> CompositeReward:
-    """An arm's reward.
+    """Build an arm's reward.
 
     Raises:
-        MechRewardError: A pack, an SAE or the data cannot be had.
+        MechRewardError: A pack, an SAE or the data is unavailable.
     """
     parts: list[Reward] = []
     weights = []
@@ -104,18 +103,18 @@ def build(config: ExperimentConfig, arm: Arm, seed: int) -> CompositeReward:
 
 
 def watched(config: ExperimentConfig) -> list[FeatureReward]:
-    """What every arm logs and none is rewarded for by it: readings that arms can be compared by."""
+    """Build the monitors of the ``watch`` packs, which every arm logs, so that arms can be compared."""
     return [feature_reward(config, Features(pack=pack), 0, name=pack.split("/")[-1]) for pack in config.watch]
 
 
 def packs_of(config: ExperimentConfig) -> list[str]:
-    """Every pack that the experiment names."""
+    """Return the name of every pack in the experiment."""
     rewarded = [arm.features.pack for arm in config.arms.values() if arm.features is not None]
     return list(dict.fromkeys([*rewarded, *config.watch]))
 
 
 def feature_reward(config: ExperimentConfig, features: Features, seed: int, name: str = "features") -> FeatureReward:
-    """The part of an arm's reward that reads activations: a pack's features, or a control in their place."""
+    """Build the part of an arm's reward that reads activations: a pack's features, or a control."""
     pack = load_pack(features.pack)
     if pack.frozen is not None and features.control in ("none", "shuffled"):
         readout, weights = replace(frozen_readout(pack), name=name), [f.weight for f in pack.features]
@@ -123,14 +122,14 @@ def feature_reward(config: ExperimentConfig, features: Features, seed: int, name
         sae = load_sae(pack.sae.release, pack.sae.sae_id)
         check_sae(pack, sae)
         if not pack.features:
-            pack = carried_out(pack, prepared(config, pack, sae))
+            pack = carried_out(pack, cached_contrast(config, pack, sae))
         ids, weights = [f.id for f in pack.features], [f.weight for f in pack.features]
         if features.control == "direction":
-            found = prepared(config, pack, sae)
+            found = cached_contrast(config, pack, sae)
             readout, weights = contrastive_direction(ids, weights, found, sae, name), [1.0]
         else:
             if features.control == "random":
-                ids, weights = random_like(ids, weights, prepared(config, pack, sae), seed)
+                ids, weights = random_like(ids, weights, cached_contrast(config, pack, sae), seed)
             readout = sae.features(ids, name=name)
     options: dict[str, Any] = {
         "aggregation": features.aggregation or pack.aggregation,
@@ -146,7 +145,7 @@ def feature_reward(config: ExperimentConfig, features: Features, seed: int, name
 
 
 def carried_out(recipe: FeaturePack, contrast: Contrast) -> FeaturePack:
-    """A recipe's pack, with features by contrast on the discovery rollouts: a candidate that no gate has seen."""
+    """Fill in a recipe: its features by contrast on the discovery rollouts, without a gate."""
     settings = {} if recipe.recipe is None else recipe.recipe.settings
     kinds = {"n_positive": int, "n_negative": int, "min_firing": float}
     chosen = {name: kind(settings[name]) for name, kind in kinds.items() if name in settings}
@@ -156,12 +155,12 @@ def carried_out(recipe: FeaturePack, contrast: Contrast) -> FeaturePack:
 
 
 def random_like(ids: list[int], weights: list[float], contrast: Contrast, seed: int) -> tuple[list[int], list[float]]:
-    """Random latents in place of features: each fires about as often as the one that it replaces, and counts as much.
+    """Replace features by random latents that fire about as often, and count as much.
 
-    A feature's substitute is drawn from the :data:`NEIGHBOURS` latents nearest in (log) firing rate, without the pack's
-    own. Its weight keeps the sign, and w' = c w s / s', s the standard deviation over rollouts: |w| s is what the
-    feature contributes to the reward's spread. The pack's features vary together and random ones do not, so c brings
-    the spread of the whole reward to that of the pack's.
+    A feature's substitute is drawn from the :data:`NEIGHBOURS` latents nearest in (log) firing rate, excluding the
+    pack's own. Its weight keeps the sign, and w' = c w s / s', s the standard deviation over rollouts: |w| s is what
+    the feature contributes to the reward's spread. The pack's features vary together and random ones do not, so c
+    brings the spread of the whole reward to that of the pack's.
     """
     rng = np.random.default_rng([seed, 1])
     latents = contrast.latents.astype(np.float64)
@@ -185,7 +184,7 @@ def random_like(ids: list[int], weights: list[float], contrast: Contrast, seed: 
 def contrastive_direction(
     ids: list[int], weights: list[float], contrast: Contrast, sae: SAEHandle, name: str
 ) -> Readout:
-    """The raw difference of means, right minus wrong, without an SAE: r = x . v.
+    """Read the raw difference of means, right minus wrong, without an SAE: r = x . v.
 
     v = (mean_right - mean_wrong) of the residual, scaled so that r varies over rollouts as the pack's reward does.
     """
@@ -199,10 +198,10 @@ def contrastive_direction(
 
 
 class ShuffledReward(FeatureReward):
-    """A feature reward whose readings are dealt out anew among the rollouts of each group.
+    """A feature reward whose readings are permuted among the rollouts of each group.
 
-    The group's rewards stay what they are as a set; what each says of its own rollout is gone. The deal is decided by
-    the seed and the rollouts' tokens, so that a run that is resumed deals alike.
+    A group keeps its set of rewards, but none says anything about its own rollout. The permutation depends on the seed
+    and the rollouts' tokens, so that a resumed run permutes alike.
     """
 
     def __init__(self, readout: Readout, weights: list[float], seed: int, **options: Any):
@@ -211,11 +210,11 @@ class ShuffledReward(FeatureReward):
 
     def score(self, batch: RolloutBatch, readings: Mapping[Request, Readings], sense: float = 1.0) -> Scores:
         read = readings[self.request]
-        order = self._deal(batch).to(read.values.device)
-        dealt = Readings(read.values[order], read.mask[order.to(read.mask.device)])
-        return super().score(batch, {self.request: dealt}, sense)
+        order = self._permutation(batch).to(read.values.device)
+        permuted = Readings(read.values[order], read.mask[order.to(read.mask.device)])
+        return super().score(batch, {self.request: permuted}, sense)
 
-    def _deal(self, batch: RolloutBatch) -> Tensor:
+    def _permutation(self, batch: RolloutBatch) -> Tensor:
         tokens = json.dumps([list(map(int, ids)) for ids in batch.completion_ids])
         rng = np.random.default_rng([self.seed, zlib.crc32(tokens.encode())])
         groups = np.arange(len(batch)).reshape(-1, batch.num_generations)
@@ -225,45 +224,45 @@ class ShuffledReward(FeatureReward):
 # -- the discovery rollouts ------------------------------------------------------------------------------------------
 
 
-def prepared(config: ExperimentConfig, pack: FeaturePack, sae: SAEHandle) -> Contrast:
-    """The contrast for a pack's SAE: made once, and kept in the experiment's folder under a hash of what decides it."""
-    decides = {
+def cached_contrast(config: ExperimentConfig, pack: FeaturePack, sae: SAEHandle) -> Contrast:
+    """Return the contrast for a pack's SAE, computed once and kept in the experiment's folder."""
+    cache_key = {
         "model": config.model,
         "verifier": config.verifier,
         "data": config.model_dump(mode="json")["data"]["discovery"],
         "discovery": config.discovery.model_dump(mode="json"),
         "length": config.training.max_completion_length,
         "dtype": dtype_of(config),
-        "batch_size": config.evaluation.batch_size,  # decides the stream of random numbers
+        "batch_size": config.evaluation.batch_size,  # it changes the stream of random numbers
         "temperature": config.training.temperature,
         "sae": pack.sae.model_dump(mode="json"),
         "aggregation": _aggregation(pack),
     }
-    digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
-    file = Path(config.output) / f"contrast-{digest}.safetensors"
+
+    def compute() -> dict[str, Tensor]:
+        return {name: torch.from_numpy(values) for name, values in vars(contrast(config, pack, sae)).items()}
+
+    tensors = cached_tensors(Path(config.output), "contrast", cache_key, compute)
+    return Contrast(**{name: tensor.numpy() for name, tensor in tensors.items()})
+
+
+def cached_tensors(
+    folder: Path, name: str, cache_key: Any, compute: Callable[[], dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """Return tensors that are computed once and kept in ``<folder>/<name>-<hash of the key>.safetensors``."""
+    file = folder / f"{name}-{digest(cache_key)}.safetensors"
     if not file.exists():
-        found = contrast(config, pack, sae)
         file.parent.mkdir(parents=True, exist_ok=True)
         unfinished = file.with_suffix(f".{os.getpid()}.part")
-        save_file(vars(found), unfinished)
-        unfinished.replace(file)  # another process may be making the same one
-    return Contrast(**load_file(file))
+        save_file(compute(), unfinished)
+        unfinished.replace(file)  # another process may be computing the same
+    return load_file(file)
 
 
 def contrast(config: ExperimentConfig, pack: FeaturePack, sae: SAEHandle) -> Contrast:
     """Sample from the untrained model, verify, and read every latent and the residual stream in one pass."""
     model, tokenizer = untrained(config)
-    found = sample_rollouts(
-        model,
-        tokenizer,
-        load(config.data.discovery),
-        getattr(verifiers, config.verifier),
-        config.discovery.rollouts,
-        "data.discovery",
-        config.discovery.seed,
-        config.evaluation.batch_size,
-        **sampling(config),
-    )
+    found = discovery_rollouts(config, model, tokenizer, load(config.data.discovery))
     aggregate, latents, vectors = aggregation(_aggregation(pack)), [], []
     fired, tokens = np.zeros(sae.d_sae), 0
     both = [sae.all_features(), residual(sae.hook_point, sae.d_model)]
@@ -276,22 +275,37 @@ def contrast(config: ExperimentConfig, pack: FeaturePack, sae: SAEHandle) -> Con
     return Contrast(torch.cat(latents).numpy(), torch.cat(vectors).numpy(), rate, found.labels)
 
 
+def discovery_rollouts(config: ExperimentConfig, model: Any, tokenizer: Any, questions: Any) -> Labelled:
+    """Sample the untrained model on the discovery questions, and label its rollouts by the verifier."""
+    return sample_rollouts(
+        model,
+        tokenizer,
+        questions,
+        getattr(verifiers, config.verifier),
+        config.discovery.rollouts,
+        "data.discovery",
+        config.discovery.seed,
+        config.evaluation.batch_size,
+        **sampling(config),
+    )
+
+
 def _aggregation(pack: FeaturePack) -> str:
     return "mean" if pack.aggregation == "per_token" else pack.aggregation
 
 
 def untrained(config: ExperimentConfig) -> tuple[Any, Any]:
-    """The model that training starts from, and its tokenizer."""
+    """Load the model that training starts from, and its tokenizer."""
     return load_model(config.model, getattr(torch, dtype_of(config)))
 
 
 def dtype_of(config: ExperimentConfig) -> str:
-    """What the weights are kept in: bfloat16 only where they are frozen, since small updates vanish in it."""
+    """Return the dtype of the weights: bfloat16 only where they are frozen, since small updates vanish in it."""
     return "bfloat16" if config.training.bf16 and config.training.lora_rank else "float32"
 
 
 def sampling(config: ExperimentConfig) -> dict[str, Any]:
-    """How TRL samples rollouts, for `generate`: from the whole distribution at the training temperature."""
+    """Return options for `generate` to sample as TRL does: the whole distribution, at the training temperature."""
     return {
         "do_sample": True,
         "temperature": config.training.temperature,

@@ -1,4 +1,4 @@
-"""The configuration of an experiment: a YAML file, checked; an error names the key and its line."""
+"""The configuration of an experiment: a checked YAML file. An error names the key and its line."""
 
 from __future__ import annotations
 
@@ -17,30 +17,31 @@ from mechreward.readout import Reads
 from mechreward.reward.composition import Mode
 from mechreward.schema import Location, Strict, most_telling, sentence, shown_location
 
-Text = Annotated[str, Field(min_length=1)]
+NonEmpty = Annotated[str, Field(min_length=1)]
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
+Rate = Annotated[float, Field(gt=0)]
 Control = Literal["none", "random", "direction", "shuffled"]
 
 
-class Source(Strict):
+class QuestionSource(Strict):
     """Where questions come from.
 
     Attributes:
         path: ``mechreward/pocket``, a local JSONL file, or a dataset on the Hugging Face hub.
-        subset: The hub dataset's configuration, e.g. ``main``.
-        split: With a slice, if only a part is wanted: ``train[:500]``.
-        rows: The first so many rows; all by default (``mechreward/pocket``, which is endless, needs a number).
+        subset: The configuration of the hub dataset, e.g. ``main``.
+        split: The split, with a slice to take only a part: ``train[:500]``.
+        rows: Use only the first rows. Default: all; ``mechreward/pocket``, which is endless, needs a number.
         prompt: What the model reads, with the dataset's columns in braces.
         answer: The column with the gold answer.
     """
 
-    path: Text
+    path: NonEmpty
     subset: str | None = None
-    split: Text = "train"
+    split: NonEmpty = "train"
     rows: Positive | None = None
-    prompt: Text = "{prompt}"
-    answer: Text = "answer"
+    prompt: NonEmpty = "{prompt}"
+    answer: NonEmpty = "answer"
 
     @field_validator("prompt")
     @classmethod
@@ -55,7 +56,7 @@ class Source(Strict):
 
     @property
     def columns(self) -> list[str]:
-        """The columns that it needs."""
+        """The columns that the source must have."""
         return [name for _, name, _, _ in Formatter().parse(self.prompt) if name] + [self.answer]
 
 
@@ -64,28 +65,28 @@ class Data(Strict):
 
     Attributes:
         train: What GRPO trains on.
-        discovery: Rollouts on these are contrasted to find features or directions (see :class:`Discovery`).
+        discovery: Questions whose rollouts are contrasted to find features or directions (see :class:`Discovery`).
         test: What is reported.
     """
 
-    train: Annotated[list[Source], Field(min_length=1)]
-    discovery: Annotated[list[Source], Field(min_length=1)]
-    test: Annotated[list[Source], Field(min_length=1)]
+    train: Annotated[list[QuestionSource], Field(min_length=1)]
+    discovery: Annotated[list[QuestionSource], Field(min_length=1)]
+    test: Annotated[list[QuestionSource], Field(min_length=1)]
 
 
 class Features(Strict):
     """The part of the reward that reads activations.
 
     Attributes:
-        pack: A pack's name or file. One that is a recipe is carried out first, on ``data.discovery``.
-        weight: Its weight in the sum; lambda for ``aggregation: per_token``.
-        aggregation: By default the pack's own.
-        reads: The activations of the policy, or of the frozen reference reading the policy's text.
-        control: ``random``: other latents with matched firing rate; ``direction``: the raw difference of means, without
-            an SAE; ``shuffled``: the pack's readings, dealt out anew within each group.
+        pack: The name or file of a pack. A recipe is carried out first, on ``data.discovery``.
+        weight: Weight in the sum; lambda for ``aggregation: per_token``.
+        aggregation: How a rollout's tokens become one number. Default: the pack's own.
+        reads: Read the activations of the policy, or those of the frozen reference on the policy's text.
+        control: Replace the pack's features: ``random``, other latents with matched firing rates; ``direction``, the
+            raw difference of means, without an SAE; ``shuffled``, the pack's readings, permuted within each group.
     """
 
-    pack: Text
+    pack: NonEmpty
     weight: float = 1.0
     aggregation: str | None = None
     reads: Reads = "policy"
@@ -101,13 +102,13 @@ class Features(Strict):
 
 
 class Arm(Strict):
-    """One way of rewarding; arms of an experiment differ in nothing else.
+    """One reward. The arms of an experiment differ in nothing else.
 
     Attributes:
         outcome: Weight of the verifier's verdict.
         features: The part that reads activations, if any.
         mode: How the two are combined; see ``CompositeReward``.
-        scale_rewards: How TRL scales advantages; HERO's difficulty weight cancels under ``group``.
+        scale_rewards: How TRL scales advantages; ``group`` cancels HERO's difficulty weight.
     """
 
     outcome: float = 0.0
@@ -127,28 +128,28 @@ class Arm(Strict):
 
 
 class Discovery(Strict):
-    """Rollouts of the untrained model, right ones contrasted with wrong ones.
+    """Rollouts of the untrained model; right ones are contrasted with wrong ones.
 
     Attributes:
-        rollouts: Per question of ``data.discovery``.
-        seed: Of the sampling.
+        rollouts: Rollouts per question of ``data.discovery``.
+        seed: Random seed of the sampling.
     """
 
     rollouts: Positive = 4
     seed: int = 0
 
 
-class Training(Strict):
+class GRPOSettings(Strict):
     """GRPO's settings, by TRL's names where TRL has one.
 
     Attributes:
         max_steps: Optimiser steps.
-        prompts_per_step: Questions a step, over all processes.
-        num_generations: Rollouts a question.
-        max_completion_length: Tokens.
+        prompts_per_step: Questions per step, over all processes.
+        num_generations: Rollouts per question.
+        max_completion_length: Maximum number of tokens of a rollout.
         learning_rate, lr_scheduler_type, warmup_steps, beta, temperature, gradient_checkpointing, bf16: As in TRL.
-            With bf16, weights that are trained stay in float32.
-        gradient_accumulation_steps: A step's rollouts are trained on in so many parts.
+            With bf16, trained weights stay in float32.
+        gradient_accumulation_steps: Number of parts in which a step's rollouts are trained on.
         lora_rank: Train a LoRA adapter of this rank on all linear layers; None trains every weight.
     """
 
@@ -156,18 +157,18 @@ class Training(Strict):
     prompts_per_step: Positive = 16
     num_generations: Annotated[int, Field(gt=1)] = 8
     max_completion_length: Positive = 256
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-6
+    learning_rate: Rate = 1e-6
     lr_scheduler_type: Literal["constant", "linear", "cosine", "constant_with_warmup"] = "constant"
     warmup_steps: Count = 0
     beta: Annotated[float, Field(ge=0)] = 0.04
-    temperature: Annotated[float, Field(gt=0)] = 1.0
+    temperature: Rate = 1.0
     gradient_accumulation_steps: Positive = 1
     gradient_checkpointing: bool = False
     bf16: bool = False
     lora_rank: Positive | None = None
 
     @model_validator(mode="after")
-    def _divides(self) -> Training:
+    def _divides(self) -> GRPOSettings:
         if self.warmup_steps and self.lr_scheduler_type == "constant":
             raise ValueError("has warmup_steps, which lr_scheduler_type constant ignores: use constant_with_warmup")
         rollouts = self.prompts_per_step * self.num_generations
@@ -180,11 +181,11 @@ class Training(Strict):
 
 
 class Evaluation(Strict):
-    """What is measured on ``data.test``, one sample a question at the training temperature.
+    """Evaluation on ``data.test``, one sample per question at the training temperature.
 
     Attributes:
         every: Steps between evaluations; the untrained model and the last step are always evaluated.
-        questions: How many of them, drawn by the run's seed; all by default.
+        questions: Number of questions, drawn by the run's seed. Default: all.
         batch_size: Rollouts generated at once.
     """
 
@@ -200,21 +201,21 @@ class ExperimentConfig(Strict):
     """One experiment: a model, data, and arms that are trained alike.
 
     Attributes:
-        output: Folder for the runs, ``<output>/<arm>/seed-<n>``. Experiments that are to be compared share it.
+        output: Folder for the runs, ``<output>/<arm>/seed-<n>``. Experiments to be compared share it.
         model: ``mechreward/pocket``, a folder, or a model on the Hugging Face hub.
         verifier: Name of a verifier in ``mechreward.verifiers``.
         watch: Packs whose readings every arm logs, rewarded or not.
-        data, discovery, training, evaluation, arms: See there.
-        seeds: One run of every arm for each.
+        data, discovery, training, evaluation, arms: See their classes.
+        seeds: Every arm is run once with each seed.
     """
 
-    output: Text
-    model: Text
+    output: NonEmpty
+    model: NonEmpty
     verifier: Literal["math_boxed", "gsm8k", "exact_match"] = "math_boxed"
-    watch: list[Text] = Field(default_factory=list)
+    watch: list[NonEmpty] = Field(default_factory=list)
     data: Data
     discovery: Discovery = Discovery()
-    training: Training
+    training: GRPOSettings
     evaluation: Evaluation = Evaluation()
     arms: Annotated[dict[str, Arm], Field(min_length=1)]
     seeds: Annotated[list[Count], Field(min_length=1)]
@@ -235,11 +236,11 @@ class ExperimentConfig(Strict):
         return seeds
 
     def budget(self) -> dict[str, Any]:
-        """Everything that arms to be compared must have in common."""
+        """Return what arms must have in common to be compared."""
         return self.model_dump(mode="json", include=_BUDGET)
 
     def run(self, arm: str, seed: int) -> dict[str, Any]:
-        """Everything that decides one run, as it is stored with it."""
+        """Return everything that determines one run, as it is stored with the run."""
         return {
             **self.budget(),
             "discovery": self.discovery.model_dump(),
@@ -251,8 +252,26 @@ class ExperimentConfig(Strict):
 C = TypeVar("C", bound=Strict)
 
 
+def validated(schema: type[C], values: object, where: str, what: str = "configuration") -> C:
+    """Validate values by a schema.
+
+    Args:
+        schema: The schema.
+        values: Nested dicts and lists.
+        where: The beginning of the error's sentence: where the values come from.
+        what: What the values are called in an error about the whole.
+
+    Raises:
+        ConfigError: Something is wrong: one sentence with the key.
+    """
+    try:
+        return schema.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(where + sentence(most_telling(error), schema, what)) from None
+
+
 def read_config(path: str | Path, schema: type[C] = ExperimentConfig) -> C:
-    """Read an experiment's YAML file.
+    """Read a YAML file by a schema.
 
     Raises:
         ConfigError: It cannot be read, or something in it is wrong: one sentence with the key and its line.
@@ -263,23 +282,24 @@ def read_config(path: str | Path, schema: type[C] = ExperimentConfig) -> C:
         root = yaml.compose(text, Loader=_Loader)
         raw = yaml.load(text, Loader=_Loader)
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
+        reason = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(f"{path} cannot be read ({reason}): check the path given to --config.") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {_yaml_complaint(error)}.") from None
     if not isinstance(raw, dict):
-        raise ConfigError(f"{path} holds no keys: an experiment's configuration begins with `output: ...`.")
+        first_key = next(iter(schema.model_fields))
+        raise ConfigError(f"{path} holds no keys: a configuration begins with `{first_key}: ...`.")
     lines = _lines(root, path)
     try:
         return schema.model_validate(raw)
     except ValidationError as error:
         first = most_telling(error)
-        says = sentence(first, schema, "configuration")
-        raise ConfigError(f"{path}, line {_line(lines, first['loc'])}: {says}") from None
+        message = sentence(first, schema, "configuration")
+        raise ConfigError(f"{path}, line {_line(lines, first['loc'])}: {message}") from None
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads 1e-4 as a number, as YAML 1.2 does; PyYAML follows 1.1, where that is a text."""
+    """Read 1e-4 as a number, as YAML 1.2 does; PyYAML follows 1.1, where it is text."""
 
 
 _Loader.add_implicit_resolver(
@@ -296,7 +316,7 @@ def _yaml_complaint(error: yaml.YAMLError) -> str:
 
 
 def _lines(root: yaml.Node, path: Path) -> dict[Location, int]:
-    """The line of every key and list item; a key that is given twice is an error."""
+    """Return the line of every key and list item, and refuse a key that is given twice."""
     lines: dict[Location, int] = {}
 
     def visit(node: yaml.Node, location: Location, around: tuple[yaml.Node, ...] = ()) -> None:
@@ -323,7 +343,7 @@ def _lines(root: yaml.Node, path: Path) -> dict[Location, int]:
 
 
 def _line(lines: dict[Location, int], location: Sequence[int | str]) -> int:
-    """The line of a location, or of the nearest thing around it."""
+    """Return the line of a location, or of the nearest location around it."""
     place = tuple(location)
     while place not in lines:
         place = place[:-1]

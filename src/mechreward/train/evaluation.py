@@ -1,32 +1,126 @@
-"""How often one model is right: a run's model on the run's own test questions, or any model on questions of its own."""
+"""Measure how often a model is right: at the evaluations of a training, and for ``mechreward eval``."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 import yaml
 from scipy import stats
 
+from mechreward import verifiers
 from mechreward.errors import ConfigError
-from mechreward.rollout.hf import load_model, parse_dtype
-from mechreward.train import arms, runner
-from mechreward.train.capability import CapabilityConfig, LmEvalTask, PocketSuite, Scores
-from mechreward.train.config import ExperimentConfig
+from mechreward.pocket.questions import step_accuracy
+from mechreward.reward.feature_reward import FeatureReward
+from mechreward.rollout.batch import RolloutBatch
+from mechreward.rollout.hf import HFSource, load_model, parse_dtype, sample
+from mechreward.train import arms, data
+from mechreward.train import capability_tasks as capability
+from mechreward.train.capability_tasks import Scores
+from mechreward.train.config import ExperimentConfig, validated
+from mechreward.train.lm_eval import LmEvalTask
 from mechreward.unfinished import Steps
+from mechreward.verifiers.golds import golds, verdicts
+
+# -- test questions ---------------------------------------------------------------------------------------------------
+
+
+def test_questions(config: ExperimentConfig, seed: int) -> Any:
+    """Draw a seed's test questions; the column ``number`` identifies them, so that arms can be paired."""
+    test = data.load(config.data.test)
+    wanted = min(config.evaluation.questions or len(test), len(test))
+    numbers = sorted(np.random.default_rng(seed).choice(len(test), wanted, replace=False).tolist())
+    return test.select(numbers).add_column("number", numbers)
+
+
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    test: Any,
+    config: ExperimentConfig,
+    watched: Sequence[FeatureReward],
+    seed: int,
+    do_sample: bool = True,
+    look: Callable[[RolloutBatch], None] | None = None,
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """Sample one rollout per test question, judge it, and read it.
+
+    The seed is the same at every step and in every arm, and the random state of the training is left as it was.
+
+    Args:
+        model: The model, put back into its mode (training or not) afterwards.
+        tokenizer: Its tokenizer.
+        test: From :func:`test_questions`.
+        config: For the verifier and the sampling.
+        watched: Feature rewards whose readings are recorded.
+        seed: Random seed of the sampling.
+        do_sample: Sample at the training temperature; otherwise decode greedily.
+        look: Called with the rollouts.
+
+    Returns:
+        A record per rollout (question's number, completion, right, tokens, ended, readings, and where steps can be
+        checked right_steps, the share of the solution's steps that it makes), and their means.
+    """
+    training = model.training
+    options = arms.sampling(config) | ({} if do_sample else {"do_sample": False, "temperature": None})
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        batch = sample(model.eval(), tokenizer, test["prompt"], 1, config.evaluation.batch_size, **options)
+    if look is not None:
+        look(batch)
+    source = HFSource(model, tokenizer)
+    readings = {
+        reward.__name__: reward(batch.prompts, batch.completions, batch.completion_ids, source=source)
+        for reward in watched
+    }
+    model.train(training)
+
+    verifier = getattr(verifiers, config.verifier)
+    judged = verdicts(verifier, batch.texts, golds(verifier, test["answer"], "answer"))
+    solutions: list[Any] = test["solution"] if "solution" in test.column_names else [None] * len(batch)
+    rows = []
+    for i, (text, ids) in enumerate(zip(batch.texts, batch.completion_ids, strict=True)):
+        row: dict[str, Any] = {
+            "question": test["number"][i],
+            "completion": text,
+            "right": judged[i] is True,
+            "tokens": len(ids),
+            "ended": ids[-1] in batch.eos_token_ids if len(ids) else False,
+            **{name: values[i] for name, values in readings.items()},
+        }
+        if solutions[i] is not None:
+            row["right_steps"] = step_accuracy(text, solutions[i])
+        rows.append(row)
+
+    figures = {"accuracy": _mean([row["right"] for row in rows]), "tokens": _mean([row["tokens"] for row in rows])}
+    figures["truncated"] = 1 - _mean([row["ended"] for row in rows])
+    for name in [*readings, "right_steps"]:
+        known = [row[name] for row in rows if row.get(name) is not None]
+        if known:
+            figures[name] = _mean(known)
+    return rows, figures
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+# -- mechreward eval --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What is measured.
+class EvalRequest:
+    """What ``mechreward eval`` measures.
 
     Attributes:
         model: A folder, an id of the hub, or ``mechreward/pocket``.
-        config: Of which the test questions, the verifier and the sampling count.
-        seed: Of the draw of questions and of the sampling.
+        config: The test questions, the verifier and the sampling; the rest is not used.
+        seed: Random seed of the draw of questions and of the sampling.
         dtype: Of the model's weights.
     """
 
@@ -36,17 +130,15 @@ class Asked:
     dtype: str = "float32"
 
     @property
-    def decides(self) -> dict[str, Any]:
-        """All that its figures depend on."""
-        from mechreward.train.capability_tasks import fingerprint
-
+    def cache_key(self) -> dict[str, Any]:
+        """Everything that the figures depend on."""
         settings = self.config.model_dump(mode="json", include={"verifier", "data", "evaluation", "training"})
-        weights = fingerprint(self.model)
+        weights = capability.fingerprint(self.model)
         return {"model": self.model, "weights": weights, "dtype": self.dtype, "seed": self.seed, **settings}
 
 
-def of_run(folder: Path) -> Asked:
-    """A finished run's model, and the questions and the seed that it was evaluated with.
+def request_of_run(folder: Path) -> EvalRequest:
+    """Measure a finished run's model, on the questions and with the seed of its own evaluations.
 
     Raises:
         ConfigError: The run is not finished, or its configuration cannot be read.
@@ -54,76 +146,76 @@ def of_run(folder: Path) -> Asked:
     if not (folder / "summary.json").exists():
         raise ConfigError(f"The run in {folder} is not finished: the command that started it goes on with it.")
     try:
-        said = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8-sig"))
-        known = {key: value for key, value in said.items() if key in ExperimentConfig.model_fields}
-        arm = {folder.parent.name: {"outcome": 1.0}}  # what was rewarded does not matter to what is right
-        config = ExperimentConfig.model_validate({**known, "output": str(folder), "arms": arm, "seeds": [said["seed"]]})
+        stored = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8-sig"))
+        known = {key: value for key, value in stored.items() if key in ExperimentConfig.model_fields}
+        arm = {folder.parent.name: {"outcome": 1.0}}  # the reward makes no difference to what is right
+        rest = {"output": str(folder), "arms": arm, "seeds": [stored["seed"]]}
+        config = ExperimentConfig.model_validate({**known, **rest})
     except (yaml.YAMLError, ValueError, KeyError, AttributeError) as error:
         raise ConfigError(f"{folder / 'config.yaml'} is not a run's configuration ({type(error).__name__}).") from None
-    return Asked(str(folder / "model"), config, said["seed"], arms.dtype_of(config))
+    return EvalRequest(str(folder / "model"), config, stored["seed"], arms.dtype_of(config))
 
 
-def answered(asked: Asked, steps: Steps, tell: Callable[[int, int], None]) -> dict[str, dict[str, Any]]:
-    """Figures of one rollout a question, sampled at the training temperature, and greedy.
+def accuracy_figures(
+    request: EvalRequest, steps: Steps, progress: Callable[[int, int], None]
+) -> dict[str, dict[str, Any]]:
+    """Measure one rollout per question, sampled at the training temperature, and one that is greedy.
 
-    The sampled one is what the run recorded of its last step, to the last question.
+    For a run, the sampled figures equal those that it recorded at its last step.
 
     Args:
-        asked: What is measured.
-        steps: Where finished figures are kept.
-        tell: How far it is.
+        request: What is measured.
+        steps: Where finished figures are saved.
+        progress: Called with the number of finished measurements and the total.
 
     Returns:
-        For ``sampled`` and ``greedy`` the accuracy with its 95 % interval over questions (Wilson 1927), their number,
-        the tokens of an answer, the share that was cut off, and where steps can be checked the share that is right.
+        For ``sampled`` and ``greedy`` the accuracy with its 95 % interval over questions (Wilson 1927), the number of
+        questions, the tokens per answer, the share that was cut off, and where steps can be checked the share of right
+        steps.
     """
-    loaded = functools.cache(
-        lambda: load_model(asked.model, parse_dtype(asked.dtype))
-    )  # only if something is left to measure
-    test = runner.test_questions(asked.config, asked.seed)
+    # The model is loaded only if something is left to measure.
+    loaded = functools.cache(lambda: load_model(request.model, parse_dtype(request.dtype)))
+    test = test_questions(request.config, request.seed)
 
     def measured(way: str) -> dict[str, Any]:
-        model, tokenizer = loaded()
-        seed = asked.seed if way == "sampled" else 0  # as a run does it
-        rows, figures = runner.evaluate(model, tokenizer, test, asked.config, [], seed, do_sample=way == "sampled")
+        seed = request.seed if way == "sampled" else 0  # as a run does it
+        rows, figures = evaluate(*loaded(), test, request.config, [], seed, do_sample=way == "sampled")
         return {"n": len(rows), **figures, "interval": wilson(sum(row["right"] for row in rows), len(rows))}
 
     ways = ("sampled", "greedy")
     found = {}
-    tell(len(steps.done), len(ways))
+    progress(len(steps.done), len(ways))
     for way, figures in zip(ways, steps.each(ways, measured), strict=True):
         found[way] = figures
-        tell(len(found), len(ways))
+        progress(len(found), len(ways))
     return found
 
 
 def wilson(right: int, n: int) -> list[float]:
-    """95 % interval of a share (Wilson 1927)."""
+    """Return the 95 % interval of a share (Wilson 1927)."""
     interval = stats.binomtest(right, n).proportion_ci(method="wilson")
     return [float(interval.low), float(interval.high)]
 
 
-def task(text: str, questions: int) -> LmEvalTask:
-    """lm-eval's ``task``, ``task:metric`` or ``task:metric:filter``."""
-    name, metric, filtered = [*text.split(":"), "", ""][:3]
-    return LmEvalTask(task=name, metric=metric or "acc", filter=filtered or "none", questions=questions)
-
-
-def capabilities(
-    model: str, tasks: list[LmEvalTask], suite: PocketSuite | None, seed: int, kept: Path, tell: Callable[[str], None]
-) -> dict[str, dict[str, Any]]:
-    """lm-eval's tasks, and pocket's two skills and its perplexity, as experiment 07 measures them.
+def parse_tasks(text: str, questions: int) -> list[LmEvalTask]:
+    """Parse lm-eval's tasks, written ``task``, ``task:metric`` or ``task:metric:filter`` and separated by commas.
 
     Raises:
-        MechRewardError: lm-eval, a task or its data cannot be had.
+        ConfigError: A task is named twice, or not at all.
     """
-    if not tasks and suite is None:
-        return {}
-    from mechreward.train.capability_tasks import measure
+    tasks = []
+    for each in filter(None, text.split(",")):
+        name, metric, kept = [*each.split(":"), "", ""][:3]
+        if name in [task.task for task in tasks]:
+            raise ConfigError(f"--tasks names '{name}' twice: give each task once.")
+        fields = {"task": name, "metric": metric or "acc", "filter": kept or "none", "questions": questions}
+        tasks.append(validated(LmEvalTask, fields, "--tasks: ", "task"))
+    return tasks
 
-    nothing = {"nothing": {"models": model, "made_by": "mechreward eval"}}
-    config = CapabilityConfig(name="eval", before=model, after=nothing, pocket=suite, lm_eval=tasks, seed=seed)  # pyright: ignore[reportArgumentType]
-    return {what: _figures(scores) for what, scores in measure(config, model, kept, tell).items()}
+
+def capability_figures(scores: dict[str, Scores]) -> dict[str, dict[str, Any]]:
+    """Summarise scores as accuracy with its 95 % interval, or as perplexity."""
+    return {what: _figures(each) for what, each in scores.items()}
 
 
 def _figures(scores: Scores) -> dict[str, Any]:

@@ -1,22 +1,20 @@
-"""Carrying an experiment out: every arm with every seed, each run in a folder of its own, from which it can go on.
+"""Run an experiment: every arm with every seed, each run in a folder of its own, from which it can be resumed.
 
-A run's folder holds ``config.yaml`` (what decides the run), ``environment.json`` (what it ran on, at which commit
+A run's folder holds ``config.yaml`` (what determines the run), ``environment.json`` (what it ran on, at which commit
 and when), ``metrics.jsonl`` (TRL's log of each step), ``evaluations.jsonl``, ``samples.jsonl`` (every evaluated
 rollout), what the report shows (``recording.json``, ``trace.jsonl``), and at the end ``model/`` and ``summary.json``.
 """
 
 from __future__ import annotations
 
-import argparse
 import gc
 import importlib
 import os
 import shutil
 import subprocess
-import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -43,23 +41,28 @@ from mechreward.integrations.recording import (
     write_json,
 )
 from mechreward.integrations.trl_grpo import STATE_FILE, MechRewardGRPOConfig, MechRewardGRPOTrainer
-from mechreward.pocket.questions import step_accuracy
 from mechreward.reward.feature_reward import FeatureReward
 from mechreward.reward.outcome import OutcomeReward
 from mechreward.rollout.batch import RolloutBatch
-from mechreward.rollout.hf import HFSource, keeping_softcap, sample
+from mechreward.rollout.hf import HFSource, keeping_softcap
 from mechreward.schema import shown
 from mechreward.train import arms, data
-from mechreward.train.config import ExperimentConfig, read_config
-from mechreward.verifiers.golds import golds, verdicts
+from mechreward.train.config import ExperimentConfig
+from mechreward.train.evaluation import evaluate, test_questions
 
 TRACED = 40
 """Test rollouts that are kept with their readings at each evaluation."""
 
-Progress = Callable[[str, int, int], None]
-"""(run, steps done, of) -> None"""
+RECORDS = (METRICS, TRACE, "evaluations.jsonl", "samples.jsonl", arms.ROLLOUTS)
+"""Files in a run's folder that grow with its steps."""
 
-Outfitter = Callable[[Any, str, int, Path], arms.Outfit]
+Log = Callable[[str], None]
+"""Called with a line of text."""
+
+Progress = Callable[[str, int, int], None]
+"""Called with a run, its finished steps, and their total."""
+
+Setup = Callable[[Any, str, int, Path], arms.RunSetup]
 """(configuration, arm, seed, folder) -> what the run is trained with."""
 
 
@@ -70,19 +73,19 @@ def run(
     config: ExperimentConfig,
     arm: str,
     seed: int,
-    tell: Callable[[str], None] = print,
-    outfit: Outfitter = arms.outfit,
+    log: Log = print,
+    setup: Setup = arms.setup,
     report_to: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Path:
-    """Train one arm with one seed, or go on where it was interrupted; a finished run is left as it is.
+    """Train one arm with one seed, or resume the run; a finished run is left as it is.
 
     Args:
         config: The experiment.
         arm: Name of one of its arms.
-        seed: Decides the order of questions and the sampling.
-        tell: Called with a line at each evaluation.
-        outfit: What the arm is trained with.
+        seed: Determines the order of questions and the sampling.
+        log: Called with a line at each evaluation.
+        setup: Makes what the arm is trained with.
         report_to: Trackers that TRL logs to, by its names.
         progress: Called after each step.
 
@@ -91,44 +94,45 @@ def run(
 
     Raises:
         ConfigError: The folder holds a run of another configuration, or the run is started on several processes.
-        MechRewardError: The model, the data or a pack cannot be had.
+        MechRewardError: The model, the data or a pack is unavailable.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("Experiments run in one process: start them with python, not with torchrun or accelerate.")
     if torch.cuda.device_count() > 1:
         raise ConfigError("Experiments run on one GPU, and several are visible: set CUDA_VISIBLE_DEVICES=0, say.")
-    folder = folder_of(config, arm, seed)
-    decides = config.run(arm, seed)
-    if (folder / "config.yaml").exists():
-        claim(folder, decides)
-    if (folder / "summary.json").exists():
-        tell(f"{arm}, seed {seed}: finished before, in {folder}")
+    folder, name = folder_of(config, arm, seed), f"{arm}, seed {seed}"
+    if is_finished(folder, config.run(arm, seed)):
+        log(f"{name}: finished before, in {folder}")
         return folder
+
+    # Load everything before the folder is made: what cannot be loaded leaves no folder behind.
     torch.manual_seed(seed)
     questions, test = data.load(config.data.train), test_questions(config, seed)
     check_data(config, questions, test)
-    watched, fitted = arms.watched(config), outfit(config, arm, seed, folder)
-    claim(folder, decides)  # only now: what can't be loaded leaves no folder behind
+    watched, made = arms.watched(config), setup(config, arm, seed, folder)
+    claim(folder, config.run(arm, seed))
     trainer = MechRewardGRPOTrainer(
         model=pocket.resolve(config.model),
-        args=_trl_config(config, arm, seed, folder, fitted.beta, report_to),
+        args=_trl_config(config, arm, seed, folder, made.beta, report_to),
         train_dataset=questions,
-        reward_funcs=fitted.reward,
-        guards=fitted.guards,
-        monitors=[*watched, *fitted.monitors],
+        reward_funcs=made.reward,
+        guards=made.guards,
+        monitors=[*watched, *made.monitors],
         peft_config=_lora(config),
     )
     recording = trainer.recording
-    assert recording is not None  # it is TRL's configuration of ours
-    # Where no outcome is rewarded, recorded rollouts have a verdict all the same.
+    assert recording is not None  # our configuration of TRL asks for it
+    # Recorded rollouts have a verdict even where no outcome is rewarded.
     recording.outcome = recording.outcome or OutcomeReward(getattr(verifiers, config.verifier), gold_column="answer")
     trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
+
+    # Resume from the last whole checkpoint, and drop what was recorded after it.
     checkpoint = _last_checkpoint(folder, config.training.max_steps)
-    _forget_after(folder, -1 if checkpoint is None else _step_of(checkpoint))
-    recorder = Recorder(folder, f"{arm}, seed {seed}", config, trainer, test, watched, tell)
+    forget(folder, -1 if checkpoint is None else _step_of(checkpoint))
+    recorder = Recorder(folder, name, config, trainer, test, watched, log)
     trainer.add_callback(recorder)
     if progress is not None:
-        trainer.add_callback(_Progress(partial(progress, f"{arm}, seed {seed}")))
+        trainer.add_callback(_ProgressCallback(partial(progress, name)))
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if trainer.state.global_step != config.training.max_steps:
         raise RewardError(f"{folder} stopped after {trainer.state.global_step} steps: start it again to go on.")
@@ -141,16 +145,12 @@ def run(
     return folder
 
 
-def test_questions(config: ExperimentConfig, seed: int) -> Any:
-    """The seed's own draw of the test questions, with ``number``, by which arms are paired."""
-    test = data.load(config.data.test)
-    wanted = min(config.evaluation.questions or len(test), len(test))
-    numbers = sorted(np.random.default_rng(seed).choice(len(test), wanted, replace=False).tolist())
-    return test.select(numbers).add_column("number", numbers)
-
-
 def check_data(config: ExperimentConfig, questions: Any, test: Any) -> None:
-    """Refuse what would train nothing, or test what was trained on."""
+    """Refuse too few training questions, and test questions that are trained on.
+
+    Raises:
+        ConfigError: One of these.
+    """
     needed = config.training.prompts_per_step
     if len(questions) < needed:
         raise ConfigError(
@@ -163,25 +163,41 @@ def check_data(config: ExperimentConfig, questions: Any, test: Any) -> None:
         )
 
 
-def claim(folder: Path, decides: dict[str, Any]) -> None:
-    """Make the run's folder, or make sure that what lies there is this very run.
+def folder_of(config: ExperimentConfig, arm: str, seed: int) -> Path:
+    """Return a run's folder."""
+    return Path(config.output) / arm / f"seed-{seed}"
+
+
+def is_finished(folder: Path, settings: dict[str, Any]) -> bool:
+    """Return whether a run's folder holds the finished run.
 
     Raises:
-        ConfigError: It is another one.
+        ConfigError: It holds a run of other settings.
+    """
+    if (folder / "config.yaml").exists():
+        claim(folder, settings)
+    return (folder / "summary.json").exists()
+
+
+def claim(folder: Path, settings: dict[str, Any]) -> None:
+    """Make a run's folder, or check that it holds the run of these settings.
+
+    Raises:
+        ConfigError: It holds another run, or other files.
     """
     file = folder / "config.yaml"
     if not file.exists():
         if folder.exists() and any(folder.iterdir()):
             raise ConfigError(f"{folder} holds files but no config.yaml: empty it, or choose another `output`.")
         folder.mkdir(parents=True, exist_ok=True)
-        write(file, yaml.safe_dump(decides, sort_keys=False))
+        write(file, yaml.safe_dump(settings, sort_keys=False))
         return
     try:
         there = yaml.safe_load(file.read_text(encoding="utf-8-sig"))
     except (yaml.YAMLError, UnicodeDecodeError):
         raise ConfigError(f"{file} is damaged: delete that folder, or choose another `output`.") from None
-    if there != decides:
-        key, old, new = first_difference(there, decides)
+    if there != settings:
+        key, old, new = first_difference(there, settings)
         raise ConfigError(
             f"{folder} holds a run of another configuration: {key} is {old!r} there and {new!r} here. Choose another "
             "`output`, or delete that folder."
@@ -189,7 +205,7 @@ def claim(folder: Path, decides: dict[str, Any]) -> None:
 
 
 def first_difference(old: Any, new: Any, key: str = "") -> tuple[str, Any, Any]:
-    """Where two configurations first differ."""
+    """Return where two configurations first differ: the key, and both values."""
     if isinstance(old, dict) and isinstance(new, dict):
         name = next(k for k in [*new, *old] if (k in old, old.get(k)) != (k in new, new.get(k)))
         return first_difference(old.get(name), new.get(name), f"{key}.{name}".lstrip("."))
@@ -237,9 +253,9 @@ def _lora(config: ExperimentConfig) -> Any:
 
 
 def _last_checkpoint(folder: Path, max_steps: int) -> Path | None:
-    """The last checkpoint that is whole: our own file is written last.
+    """Return the last whole checkpoint, and delete broken ones; our own file is written last.
 
-    The one after the last step is not gone on from, since the trainer would take one step more than it should.
+    The checkpoint of the last step does not count, since the trainer would take one step too many from there.
     """
     whole = [c for c in folder.glob("checkpoint-*") if (c / STATE_FILE).exists() and _step_of(c) < max_steps]
     for broken in set(folder.glob("checkpoint-*")) - set(whole):
@@ -251,30 +267,30 @@ def _step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.split("-")[1])
 
 
-def _forget_after(folder: Path, step: int) -> None:
-    """Drop what was recorded after a step: it is about to be computed again."""
-    for name in (METRICS, TRACE, "evaluations.jsonl", "samples.jsonl", arms.ROLLOUTS):
+def forget(folder: Path, step: int) -> None:
+    """Drop what a run recorded after a step: it is about to be computed again."""
+    for name in RECORDS:
         forget_after(folder / name, step)
 
 
-class _Progress(transformers.TrainerCallback):
-    """Says how far a training is."""
+class _ProgressCallback(transformers.TrainerCallback):
+    """Reports the steps of a training."""
 
-    def __init__(self, say: Callable[[int, int], None]):
-        self.say = say
+    def __init__(self, report: Callable[[int, int], None]):
+        self.report = report
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.say(state.global_step, state.max_steps)
+        self.report(state.global_step, state.max_steps)
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.say(state.global_step, state.max_steps)
+        self.report(state.global_step, state.max_steps)
 
 
 # -- what is recorded -------------------------------------------------------------------------------------------------
 
 
 class Recorder(transformers.TrainerCallback):
-    """Writes TRL's metrics at every step, and evaluates before the first, every so often, and after the last."""
+    """Evaluates before the first step, every few steps, and after the last, and records the results."""
 
     def __init__(
         self,
@@ -284,10 +300,10 @@ class Recorder(transformers.TrainerCallback):
         trainer: MechRewardGRPOTrainer,
         test: Any,
         watched: Sequence[FeatureReward],
-        tell: Callable[[str], None],
+        log: Log,
     ):
         self.folder, self.name, self.config, self.trainer = folder, name, config, trainer
-        self.test, self.watched, self.tell = test, watched, tell
+        self.test, self.watched, self.log = test, watched, log
         self.last: dict[str, Any] = {}
         self.began = time.monotonic()
 
@@ -302,7 +318,7 @@ class Recorder(transformers.TrainerCallback):
             self.evaluate(done)
 
     def evaluate(self, step: int) -> None:
-        """Sample on the test questions, and greedily too at the end."""
+        """Evaluate by sampling, and at the end greedily, too."""
         model, tokenizer = self._model(), self.trainer.processing_class
         look = partial(self.trace, step)
         rows, figures = evaluate(
@@ -315,12 +331,12 @@ class Recorder(transformers.TrainerCallback):
         append(self.folder / "evaluations.jsonl", [{"step": step, **figures}])
         self._report(figures)
         self.last = figures
-        self.tell(f"{self.name}, step {step:>3}: {figures['accuracy']:.3f} right{self._time_left(step)}")
+        self.log(f"{self.name}, step {step:>3}: {figures['accuracy']:.3f} right{self._time_left(step)}")
 
     def _report(self, figures: dict[str, float]) -> None:
-        """Show an evaluation to the trackers, which call it ``eval/...``.
+        """Report an evaluation to the trackers, which call it ``eval/...``.
 
-        Not by ``trainer.log``: it would log the step's training figures along, before the step has all of them.
+        ``trainer.log`` would also log the step's training figures, before the step has all of them.
         """
         trainer = self.trainer
         logs = {f"eval_{name}": value for name, value in figures.items()}
@@ -337,7 +353,7 @@ class Recorder(transformers.TrainerCallback):
         return self.trainer.accelerator.unwrap_model(self.trainer.model)
 
     def trace(self, step: int, batch: RolloutBatch) -> None:
-        """Keep some test rollouts for the report, of the same questions each time, with what was read on them."""
+        """Record some test rollouts with their readings for the report, on the same questions each time."""
         batch = replace(batch, columns={"answer": self.test["answer"]})
         rows = np.linspace(0, len(batch) - 1, min(TRACED, len(batch))).round().astype(int).tolist()
         tokenizer, rewards = self.trainer.processing_class, feature_rewards(self.watched)
@@ -349,119 +365,7 @@ class Recorder(transformers.TrainerCallback):
         append(self.folder / TRACE, [{**w, **record} for w, record in zip(where, records, strict=True)])
 
 
-def evaluate(
-    model: Any,
-    tokenizer: Any,
-    test: Any,
-    config: ExperimentConfig,
-    watched: Sequence[FeatureReward],
-    seed: int,
-    do_sample: bool = True,
-    look: Callable[[RolloutBatch], None] | None = None,
-) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """One rollout for each test question.
-
-    The seed is the same at every step and in every arm, and training's own random numbers are left as they were.
-    ``look`` is shown the rollouts.
-
-    Returns:
-        A record for each rollout (question's number, completion, right, tokens, ended, readings, and where steps can be
-        checked right_steps, the share of the solution's steps that it makes), and their means.
-    """
-    training = model.training
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        batch = sample(
-            model.eval(),
-            tokenizer,
-            test["prompt"],
-            1,
-            config.evaluation.batch_size,
-            **{**arms.sampling(config), **({} if do_sample else {"do_sample": False, "temperature": None})},
-        )
-    if look is not None:
-        look(batch)
-    readings = {
-        reward.__name__: reward(
-            batch.prompts, batch.completions, batch.completion_ids, source=HFSource(model, tokenizer)
-        )
-        for reward in watched
-    }
-    model.train(training)
-    verifier = getattr(verifiers, config.verifier)
-    said = verdicts(verifier, batch.texts, golds(verifier, test["answer"], "answer"))
-    solutions: list[Any] = test["solution"] if "solution" in test.column_names else [None] * len(batch)
-    rows = []
-    for i, (text, ids) in enumerate(zip(batch.texts, batch.completion_ids, strict=True)):
-        row: dict[str, Any] = {
-            "question": test["number"][i],
-            "completion": text,
-            "right": said[i] is True,
-            "tokens": len(ids),
-            "ended": ids[-1] in batch.eos_token_ids if len(ids) else False,
-            **{name: values[i] for name, values in readings.items()},
-        }
-        if solutions[i] is not None:
-            row["right_steps"] = step_accuracy(text, solutions[i])
-        rows.append(row)
-    figures = {"accuracy": _mean([row["right"] for row in rows]), "tokens": _mean([row["tokens"] for row in rows])}
-    figures["truncated"] = 1 - _mean([row["ended"] for row in rows])
-    for name in [*readings, "right_steps"]:
-        known = [row[name] for row in rows if row.get(name) is not None]
-        if known:
-            figures[name] = _mean(known)
-    return rows, figures
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
 # -- an experiment ----------------------------------------------------------------------------------------------------
-
-
-def main(
-    about: str,
-    fits: Callable[[Any], str | None],
-    schema: type[ExperimentConfig] = ExperimentConfig,
-    outfit: Outfitter = arms.outfit,
-    afterwards: str = "Compare them: python experiments/compare.py",
-) -> None:
-    """The command line of an experiment that trains.
-
-    Args:
-        about: The script's docstring.
-        fits: What is wrong with a configuration for this experiment, in words, or None.
-        schema: Of its configuration.
-        outfit: What an arm is trained with.
-        afterwards: What to do with the runs; their folder follows.
-    """
-    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, type=Path, help="the experiment's YAML file")
-    parser.add_argument("--arm", action="append", help="only this arm (may be repeated); default: all")
-    parser.add_argument("--seed", action="append", type=int, help="only this seed (may be repeated); default: all")
-    parser.add_argument(
-        "--jobs",
-        type=int,
-        default=1,
-        help="runs at a time, each in a process of its own, all on the same GPU if there is one (default 1)",
-    )
-    parser.add_argument("--debug", action="store_true", help="show where an error comes from")
-    options = parser.parse_args()
-    try:
-        config = read_config(options.config, schema)
-        if (wrong := fits(config)) is not None:
-            raise ConfigError(f"{options.config}: {wrong}")
-        grid = chosen_runs(config, options.arm, options.seed)
-        command = [sys.executable, sys.argv[0], "--config", str(options.config)]
-        carry_out(config, grid, options.jobs, [*command, *(["--debug"] if options.debug else [])], outfit=outfit)
-    except MechRewardError as error:
-        if options.debug:
-            raise
-        sys.exit(f"Error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("\nInterrupted. The same command goes on from the last checkpoint.")
-    print(f"Runs: {Path(config.output).resolve()}. {afterwards} {config.output}")
 
 
 def carry_out(
@@ -469,8 +373,8 @@ def carry_out(
     grid: Sequence[tuple[str, int]],
     jobs: int,
     command: Sequence[str],
-    tell: Callable[[str], None] = print,
-    outfit: Outfitter = arms.outfit,
+    log: Log = print,
+    setup: Setup = arms.setup,
     report_to: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> list[Path]:
@@ -479,28 +383,28 @@ def carry_out(
     Args:
         config: The experiment.
         grid: Arm and seed of each run.
-        jobs: Runs at a time; several are processes of their own.
+        jobs: Runs at a time; more than one run in processes of their own.
         command: Starts such a process; ``--arm`` and ``--seed`` follow.
-        tell, outfit, report_to, progress: As for :func:`run`; processes have their own.
+        log, setup, report_to, progress: As for :func:`run`; processes have their own.
 
     Returns:
         The runs' folders.
 
     Raises:
-        MechRewardError: A run cannot be made.
+        MechRewardError: A run fails.
     """
     if jobs < 1:
         raise ConfigError(f"--jobs {jobs} is not possible: give the number of runs at a time, 1 or more.")
     quiet()
     for pack in map(load_pack, arms.packs_of(config)):
         if pack.status == "candidate":
-            tell(f"{pack.name} is a candidate pack: {pack.status_reason}")
+            log(f"{pack.name} is a candidate pack: {pack.status_reason}")
     if jobs > 1 and len(grid) > 1:
         _in_processes(command, jobs, grid)
         return [folder_of(config, arm, seed) for arm, seed in grid]
     folders = []
     for arm, seed in grid:
-        folders.append(run(config, arm, seed, tell=tell, outfit=outfit, report_to=report_to, progress=progress))
+        folders.append(run(config, arm, seed, log=log, setup=setup, report_to=report_to, progress=progress))
         if "wandb" in report_to:
             importlib.import_module("wandb").finish()  # else the next run would be logged into this one
         gc.collect()  # a trainer and its model hold each other; on a GPU the next would not fit beside them
@@ -509,19 +413,19 @@ def carry_out(
 
 
 def quiet() -> None:
-    """What other libraries say while they work would hide what is asked for."""
+    """Silence other libraries' warnings and progress bars; our own warnings are about the experiment."""
     warnings.filterwarnings("ignore")
-    warnings.filterwarnings("default", module=r"mechreward\.")  # ours are about the experiment
+    warnings.filterwarnings("default", module=r"mechreward\.")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     require("datasets", "trl").disable_progress_bars()
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Find out before a training what it cannot log to.
+    """Check before a training that TRL can report to these trackers.
 
     Raises:
-        ConfigError: TRL does not know it, or it is not installed.
+        ConfigError: TRL does not know one, or it is not installed.
     """
     from transformers.integrations.integration_utils import (
         INTEGRATION_TO_CALLBACK,
@@ -538,37 +442,42 @@ def check_trackers(names: Sequence[str]) -> None:
             )
 
 
-def chosen_runs(config: ExperimentConfig, only: list[str] | None, seeds: list[int] | None) -> list[tuple[str, int]]:
-    """The runs to make, all arms of a seed before the next seed.
+def chosen_runs(
+    names: Collection[str],
+    seeds: Sequence[int],
+    only: Sequence[str] | None,
+    only_seeds: Sequence[int] | None,
+    what: str = "arm",
+) -> list[tuple[str, int]]:
+    """Return the runs to make, each once: all arms of a seed before the next seed.
+
+    Args:
+        names: The configuration's arms.
+        seeds: Its seeds.
+        only: Make only these arms. Default: all.
+        only_seeds: Use only these seeds. Default: all.
+        what: What an arm is called in an error.
 
     Raises:
-        ConfigError: An arm or a seed that the configuration does not have.
+        ConfigError: The configuration has no such arm or seed.
     """
-    for arm in only or []:
-        if arm not in config.arms:
-            raise ConfigError(
-                f"There is no arm '{arm}'; there are {', '.join(config.arms)}.{nearest(arm, config.arms)}"
-            )
-    for seed in seeds or []:
-        if seed not in config.seeds:
-            raise ConfigError(f"The configuration has no seed {seed}: it has {', '.join(map(str, config.seeds))}.")
-    wanted = [(arm, seed) for seed in seeds or config.seeds for arm in only or config.arms]
-    return list(dict.fromkeys(wanted))
-
-
-def folder_of(config: ExperimentConfig, arm: str, seed: int) -> Path:
-    """Where a run lies."""
-    return Path(config.output) / arm / f"seed-{seed}"
+    for name in only or []:
+        if name not in names:
+            raise ConfigError(f"There is no {what} '{name}'; there are {', '.join(names)}.{nearest(name, names)}")
+    for seed in only_seeds or []:
+        if seed not in seeds:
+            raise ConfigError(f"The configuration has no seed {seed}: it has {', '.join(map(str, seeds))}.")
+    return list(dict.fromkeys((name, seed) for seed in only_seeds or seeds for name in only or names))
 
 
 def _in_processes(command: Sequence[str], jobs: int, grid: Sequence[tuple[str, int]]) -> None:
-    """Every run in a process of its own, so many at a time; the cores are shared out among them."""
+    """Make each run in a process of its own, ``jobs`` at a time; they share the cores."""
     threads = max(1, (os.cpu_count() or 1) // jobs)
-    surroundings = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
 
     def one(which: tuple[str, int]) -> int:
         arm, seed = which
-        return subprocess.run([*command, "--arm", arm, "--seed", str(seed)], env=surroundings).returncode
+        return subprocess.run([*command, "--arm", arm, "--seed", str(seed)], env=environment).returncode
 
     with ThreadPoolExecutor(jobs) as pool:
         failed = [which for which, code in zip(grid, pool.map(one, grid), strict=True) if code]

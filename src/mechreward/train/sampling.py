@@ -1,4 +1,4 @@
-"""Rollouts for a command: read from a file, or sampled on questions and labelled by a verifier."""
+"""Labelled rollouts for a command: read from a file, or sampled on questions and labelled by a verifier."""
 
 from __future__ import annotations
 
@@ -8,14 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from mechreward import pocket, verifiers
 from mechreward.errors import ConfigError, DataError, nearest
 from mechreward.features.discover import digest
 from mechreward.rollout.labelled import Labelled, holds_rollouts, read_rollouts, sample_rollouts, write_rollouts
-from mechreward.schema import most_telling, sentence
-from mechreward.train.config import Source
+from mechreward.train.config import QuestionSource, validated
 from mechreward.train.data import load
 from mechreward.unfinished import TellStage, Unfinished, silent
 
@@ -25,17 +22,17 @@ class Sampling:
     """How rollouts are sampled and labelled.
 
     Attributes:
-        verifier: Name of one of :mod:`mechreward.verifiers`.
-        split: Of the dataset; by default ``train``, or pocket's own for discovery or gate.
-        subset: The hub dataset's configuration.
+        verifier: Name of a verifier in :mod:`mechreward.verifiers`.
+        split: Split of the dataset. Default: ``train``, or pocket's own for discovery or the gate.
+        subset: The configuration of the hub dataset.
         prompt: What the model reads, with the dataset's columns in braces.
         answer: The column with the gold answer.
-        questions: So many at most.
-        rollouts: Of each question.
-        max_new_tokens: The longest completion.
+        questions: Maximum number of questions.
+        rollouts: Rollouts per question.
+        max_new_tokens: Maximum number of tokens of a completion.
         batch_size: Rollouts sampled at once.
-        seed: Of the sampling.
-        keep: A .jsonl for the labelled rollouts.
+        seed: Random seed of the sampling.
+        keep: Write the labelled rollouts to this .jsonl.
     """
 
     verifier: str
@@ -52,7 +49,7 @@ class Sampling:
 
     @property
     def generate(self) -> dict[str, Any]:
-        """For `generate`: as a training run samples, whatever the model's own settings are."""
+        """Options for `generate`: sample as a training does, whatever the model's own settings are."""
         return {
             "do_sample": True,
             "temperature": 1.0,
@@ -63,7 +60,7 @@ class Sampling:
         }
 
     def check(self) -> None:
-        """Before anything is loaded.
+        """Check the options before anything is loaded.
 
         Raises:
             ConfigError: There is no such verifier.
@@ -81,19 +78,19 @@ class Sampling:
         unfinished: Unfinished | None = None,
         tell: TellStage = silent,
     ) -> Labelled:
-        """Rollouts from a file, or sampled on questions that were not used before, and labelled by the verifier.
+        """Read rollouts from a file; or sample them on questions that were not used before, and label them.
 
         Args:
-            model: It writes the rollouts.
+            model: The model that writes the rollouts.
             tokenizer: Its tokenizer.
             data: A .jsonl of rollouts or of questions, ``mechreward/pocket``, or a dataset of the hub.
-            of_pocket: Which of pocket's splits, where none is named.
+            of_pocket: The pocket split to use when no split is named.
             used: Digests of questions that must not be asked.
-            unfinished: Keeps the rollouts batch by batch, so that sampling can be interrupted.
-            tell: Called with the stage, what is done of it, and of how many.
+            unfinished: Saves the rollouts batch by batch, so that sampling can be resumed.
+            tell: Progress callback: the stage, what is done of it, and the total.
 
         Raises:
-            DataError: The data cannot be read, all was used before, or all rollouts have the same label.
+            DataError: The data cannot be read, all questions were used before, or all rollouts have the same label.
             ConfigError: An option has an impossible value.
         """
         if data.endswith(".jsonl") and holds_rollouts(Path(data)):
@@ -124,21 +121,27 @@ class Sampling:
         return labelled
 
     def asked(self, data: str, of_pocket: str, more: int = 0) -> tuple[Any, str]:
-        """The questions, as a dataset with columns ``prompt`` and ``answer``, ``more`` than are wanted; their split.
+        """Load the questions.
+
+        Args:
+            data: As for :meth:`labelled`, without rollouts.
+            of_pocket: The pocket split to use when no split is named.
+            more: Load so many more than ``questions``, to replace those that were used before.
+
+        Returns:
+            A dataset with the columns ``prompt`` and ``answer``, and the split.
 
         Raises:
             ConfigError: They cannot be loaded, or lack a column.
         """
         ours = pocket.resolve(data) == pocket.path()
-        try:
-            source = Source(
-                path=data,
-                subset=self.subset,
-                split=self.split or (of_pocket if ours else "train"),
-                rows=self.questions + more,
-                prompt=self.prompt,
-                answer=self.answer,
-            )
-        except ValidationError as error:
-            raise ConfigError(f"--data: {sentence(most_telling(error), Source, 'source')}") from None
+        fields = {
+            "path": data,
+            "subset": self.subset,
+            "split": self.split or (of_pocket if ours else "train"),
+            "rows": self.questions + more,
+            "prompt": self.prompt,
+            "answer": self.answer,
+        }
+        source = validated(QuestionSource, fields, "--data: ", "source")
         return load([source]), source.split

@@ -1,8 +1,8 @@
-"""What a model could do before it was trained with RL, and what it still can: the comparison, question by question.
+"""Compare what a model could do before RL with what it can do afterwards, question by question.
 
-Before and after are measured on the same questions (:mod:`mechreward.train.capability_tasks`), so that they are
-compared in pairs. A regression of more than :data:`LIMIT` is flagged; whether it is significant is said as well; and
-where none is shown, the interval says which ones the data leave possible.
+Both are measured on the same questions (:mod:`mechreward.train.capability_tasks`), so that they are compared in pairs. A
+regression of more than :data:`LIMIT` is flagged, with its significance; where none is shown, the interval says which
+regressions the data leave possible.
 """
 
 from __future__ import annotations
@@ -14,15 +14,17 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, model_validator
 from scipy import stats
 
+from common.tables import table
 from mechreward.errors import ConfigError, DataError
 from mechreward.integrations.made import made_sentence
-from mechreward.schema import Strict, most_telling, sentence
-from mechreward.train.config import Count, Positive, Text
+from mechreward.schema import Strict
+from mechreward.train.capability_tasks import PocketSuite, Scores, Suite
+from mechreward.train.config import Count, NonEmpty, Positive
+from mechreward.train.lm_eval import LmEvalTask, matching
 from mechreward.train.results import DRAWS, t_interval
 
 LIMIT = 0.02
@@ -42,76 +44,32 @@ class After(Strict):
         made_by: The command that makes them, for the error where there are none.
     """
 
-    models: Text
-    made_by: Text
-
-
-class PocketSuite(Strict):
-    """pocket's own two skills, and its perplexity.
-
-    Attributes:
-        questions: Of each kind: word problems, facts about known people, questions about unknown people.
-        texts: For the perplexity.
-        seed: Of the questions, the texts, and the sampling.
-    """
-
-    questions: Positive = 200
-    texts: Positive = 200
-    seed: Count = 0
-
-
-class LmEvalTask(Strict):
-    """A task (or group) of lm-eval, with its own prompt and scoring.
-
-    Attributes:
-        task: Its name there: ``hellaswag``, ``arc_easy``, ``mmlu``, ``gsm8k``.
-        metric: One of the metrics that it reports, 0 or 1 for each question: ``acc``, ``acc_norm``, ``exact_match``.
-        filter: Which of lm-eval's readings of the answer counts; ``none`` for tasks that have only one.
-        questions: So many, drawn over the whole task (for a group: over all its tasks); all by default.
-        fewshot: Examples in the prompt; by default what the task says.
-        max_new_tokens: For tasks that generate; by default lm-eval's (256).
-        data: Local files in place of the hub's dataset, by split: .jsonl, .json, .arrow or .parquet, ``{subset}``
-            where a group's tasks differ (MMLU's subject).
-    """
-
-    task: Text
-    metric: Text
-    filter: Text = "none"
-    questions: Positive | None = 200
-    fewshot: Count | None = None
-    max_new_tokens: Positive | None = None
-    data: dict[str, Text] = Field(default_factory=dict)
-
-    @field_validator("data")
-    @classmethod
-    def _has_questions(cls, data: dict[str, str]) -> dict[str, str]:
-        if data and not data.keys() & {"test", "validation"}:
-            raise ValueError("names no file for test or validation: the questions are read from these")
-        return data
+    models: NonEmpty
+    made_by: NonEmpty
 
 
 class CapabilityConfig(Strict):
-    """What is compared.
+    """Settings of a comparison.
 
     Attributes:
-        name: Of the result: ``capability-<name>``.
+        name: Name of the result, ``capability-<name>``.
         before: The model before RL: ``mechreward/pocket``, a folder, or an id of the hub.
         after: Ways of training, by name.
         pocket: pocket's own suite.
         lm_eval: Tasks of lm-eval.
         batch_size: Rows in one forward pass.
-        seed: Of the choice of lm-eval's questions.
-        remarks: Sentences that the page should carry: what the runs were, and what they cannot show.
+        seed: Random seed of the choice of lm-eval's questions.
+        remarks: Sentences for the page: what the runs were, and what they cannot show.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
-    before: Text
-    after: Annotated[dict[Text, After], Field(min_length=1)]
+    before: NonEmpty
+    after: Annotated[dict[NonEmpty, After], Field(min_length=1)]
     pocket: PocketSuite | None = None
     lm_eval: list[LmEvalTask] = Field(default_factory=list)
     batch_size: Positive = 16
     seed: Count = 0
-    remarks: list[Text] = Field(default_factory=list)
+    remarks: list[NonEmpty] = Field(default_factory=list)
 
     @model_validator(mode="after")
     def _measures_something(self) -> CapabilityConfig:
@@ -122,31 +80,14 @@ class CapabilityConfig(Strict):
             raise ValueError("names a task of lm_eval twice")
         return self
 
-
-def read_config(path: str | Path) -> CapabilityConfig:
-    """Read the YAML file of a comparison.
-
-    Raises:
-        ConfigError: It cannot be read, or something in it is wrong.
-    """
-    try:
-        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"{path} cannot be read ({reason}): check the path given to --config.") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path} holds no keys: it begins with `name: ...`.")
-    try:
-        return CapabilityConfig.model_validate(raw)
-    except ValidationError as error:
-        says = sentence(most_telling(error), CapabilityConfig, "configuration")
-        raise ConfigError(f"{path}: {says}") from None
+    @property
+    def suites(self) -> list[Suite]:
+        """Everything that is measured."""
+        return [*([self.pocket] if self.pocket else []), *self.lm_eval]
 
 
 def models_of(after: After) -> list[str]:
-    """The folders that a pattern finds, in order; an id of the hub as it stands.
+    """Return the folders that a pattern finds, in order, or an id of the hub unchanged.
 
     Raises:
         ConfigError: There are none: the sentence names the command that makes them.
@@ -159,66 +100,19 @@ def models_of(after: After) -> list[str]:
     return found
 
 
-def matching(pattern: str) -> list[str]:
-    """The files or folders that a pattern names, in order."""
-    parts = Path(pattern).parts
-    fixed = next((i for i, part in enumerate(parts) if re.search(r"[*?\[]", part)), None)
-    if fixed is None:
-        return [pattern] if Path(pattern).exists() else []
-    return sorted(str(path) for path in Path(*parts[:fixed]).glob(str(Path(*parts[fixed:]))))
-
-
-# -- what was measured -----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Scores:
-    """What one model got on one set of questions or texts.
-
-    Attributes:
-        questions: Which ones, ``[Q]``; before and after must agree in them.
-        values: ``[Q]``: 1 for a right answer and 0 for a wrong one; for a text, its negative log-likelihood in nats.
-        tokens: For texts, how many tokens were predicted, ``[Q]``; None for questions.
-        chance: The accuracy of guessing, where there are choices to guess from.
-    """
-
-    questions: list[str]
-    values: NDArray[np.float64]
-    tokens: NDArray[np.int64] | None = None
-    chance: float = 0.0
-
-    @property
-    def figure(self) -> float:
-        """Accuracy, or perplexity: exp(nats / tokens)."""
-        return float(self.values.mean() if self.tokens is None else np.exp(self.values.sum() / self.tokens.sum()))
-
-    def to_json(self) -> dict[str, Any]:
-        """A letter a question, so that the file stays small; nats to four decimals."""
-        if self.tokens is None:
-            return {"values": "".join(str(int(v)) for v in self.values), "chance": self.chance}
-        return {"values": [round(float(v), 4) for v in self.values], "tokens": self.tokens.tolist()}
-
-    @classmethod
-    def from_json(cls, questions: list[str], stored: Mapping[str, Any]) -> Scores:
-        """What :meth:`to_json` wrote."""
-        if "tokens" not in stored:
-            return cls(questions, np.array([float(v) for v in stored["values"]]), chance=stored["chance"])
-        return cls(questions, np.array(stored["values"], dtype=np.float64), np.array(stored["tokens"]))
-
-
 # -- statistics ------------------------------------------------------------------------------------------------------
 
 
 def paired_bootstrap(
     differences: NDArray, weights: NDArray | None = None, draws: int = DRAWS, seed: int = 0
 ) -> tuple[float, float]:
-    """95 % percentile interval of sum(d) / sum(w) over questions drawn with replacement, before and after together.
+    """Return the 95 % percentile interval of sum(d) / sum(w) over questions drawn with replacement, in pairs.
 
     Args:
         differences: After minus before, ``[Q]``.
         weights: Tokens of each text, ``[Q]``; 1 for a question, which makes it the mean.
-        draws: Resamples.
-        seed: Of the resampling.
+        draws: Number of resamples.
+        seed: Random seed of the resampling.
     """
     w = np.ones(len(differences)) if weights is None else np.asarray(weights, dtype=np.float64)
     rng, number, means = np.random.default_rng(seed), len(differences), []
@@ -230,7 +124,7 @@ def paired_bootstrap(
 
 
 def adjusted_wald(differences: NDArray) -> tuple[float, float]:
-    """95 % interval of the mean of paired differences in -1..1 that does not collapse where few questions changed.
+    """Return a 95 % interval of the mean of paired differences in -1..1 that does not collapse for few changes.
 
     Bonett & Price (2012), J. Educ. Behav. Stat. 37, 479-488: one question lost and one won are added, and
     m +- z sqrt((sum d^2 / n' - m^2) / n') is taken over the n' = n + 2. Where none of 200 questions changed, a
@@ -247,7 +141,7 @@ class Change:
     """One capability, after minus before.
 
     Attributes:
-        questions: How many.
+        questions: Number of questions.
         before, after: Accuracy, or perplexity (over several models: of the mean of their nats per token).
         gain: Negative where something was lost: the difference in accuracy, or 1 - after / before of the perplexity.
         per_model: Each trained model's own gain.
@@ -272,18 +166,18 @@ class Change:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """The lowest and the highest end of the intervals: none of them alone covers everything that varies."""
+        """The lowest and the highest end of the intervals; none of them alone covers everything that varies."""
         lows, highs = zip(*self.intervals.values(), strict=True)
         return min(lows), max(highs)
 
     @property
     def flagged(self) -> bool:
-        """A regression of more than the limit: 2.0 points are not yet too many."""
+        """Whether the regression is more than the limit: 2.0 points are not."""
         return self.gain < -LIMIT - 1e-9
 
     @property
     def significant(self) -> bool:
-        """Whether every interval leaves out 0."""
+        """Whether every interval excludes 0."""
         low, high = self.interval
         return low > 0 or high < 0
 
@@ -293,13 +187,13 @@ class Change:
         return self.interval[0] >= -LIMIT
 
     def report(self) -> dict[str, Any]:
-        """For JSON."""
-        said = {"flagged": self.flagged, "significant": self.significant, "regression_ruled_out": self.ruled_out}
-        return {**vars(self), "interval": self.interval, **said}
+        """Return the change for JSON."""
+        verdicts = {"flagged": self.flagged, "significant": self.significant, "regression_ruled_out": self.ruled_out}
+        return {**vars(self), "interval": self.interval, **verdicts}
 
 
 def change(before: Scores, after: Sequence[Scores]) -> Change:
-    """Compare one capability before and after; with several trained models, their mean, question by question.
+    """Compare one capability before and after; of several trained models, their mean, question by question.
 
     Raises:
         DataError: They were not measured on the same questions, or there are none.
@@ -334,7 +228,7 @@ def change(before: Scores, after: Sequence[Scores]) -> Change:
 
 
 def _change_of_texts(before: Scores, after: Sequence[Scores], differences: NDArray) -> Change:
-    """The gain of a perplexity, 1 - exp(d), d the difference in nats per token: falling in d, so the ends swap."""
+    """Return the gain of a perplexity, 1 - exp(d), d the difference in nats per token; it falls in d, so ends swap."""
     tokens = _tokens(before)
     per_model = differences.sum(axis=1) / tokens.sum()
     intervals = {"bootstrap": paired_bootstrap(differences.mean(axis=0), tokens)}
@@ -367,7 +261,7 @@ def _gain(nats: float) -> float:
 
 
 def verdict(change: Change) -> str:
-    """What may be said of one capability, and no more: that no regression is shown is not that there is none."""
+    """Say what is shown of one capability, and no more: no regression shown does not mean that there is none."""
     low, high = change.interval
     said = f"{_signed(change.gain, change)} (95 % interval {_signed(low, change)} to {_signed(high, change)})"
     limit = _unsigned(LIMIT, change)
@@ -389,7 +283,7 @@ def verdict(change: Change) -> str:
 
 
 def _signed(value: float, change: Change) -> str:
-    """In points; of a perplexity in percent, + is better: one that fell by 3 % is +3.00 %."""
+    """Format a gain in points; for a perplexity in percent, + is better: a fall by 3 % is +3.00 %."""
     shown = round(100 * value, 9) + 0.0  # a zero without a sign; but -0.0 where an interval just leaves out 0
     return f"{shown:+.1f}" if change.lost is not None else f"{shown:+.2f} %"
 
@@ -398,12 +292,12 @@ def _unsigned(value: float, change: Change) -> str:
     return f"{100 * value:.1f} points" if change.lost is not None else f"{100 * value:.2f} % of the perplexity"
 
 
-Report = dict[str, Any]
-"""``made``, ``settings``, ``environment``, ``questions`` (by capability), ``before`` and ``after`` (models' scores)."""
+def compared(report: Mapping[str, Any]) -> dict[str, dict[str, Change]]:
+    """Compare every capability of every way of training, from the stored scores of each question.
 
-
-def compared(report: Report) -> dict[str, dict[str, Change]]:
-    """Every capability of every way of training, from the stored scores of each question.
+    Args:
+        report: ``made``, ``settings``, ``environment``, ``questions`` (by capability), ``before`` and ``after`` (the
+            models' scores).
 
     Raises:
         DataError: The report holds no scores, or they do not belong together.
@@ -424,8 +318,8 @@ def compared(report: Report) -> dict[str, dict[str, Change]]:
         raise DataError(f"The stored scores cannot be read ({error!r}): measure again.") from error
 
 
-def markdown(report: Report) -> str:
-    """A table and a sentence for each capability of each way of training; how it was measured below."""
+def markdown(report: Mapping[str, Any]) -> str:
+    """Return a table and a sentence for each capability of each way of training, and how it was measured."""
     changes = compared(report)
     settings = report["settings"]
     lines = [
@@ -448,8 +342,7 @@ def markdown(report: Report) -> str:
             "",
             f"{_runs(len(models))}: `{settings['after'][name]['models']}`.",
         ]
-        lines += ["", "| | n | chance | before | after | change | 95 % interval | only before right / only after | |"]
-        lines += ["|---" * 9 + "|", *[_row(what, c) for what, c in of_arm.items()], ""]
+        lines += ["", *table(HEADER, [_row(what, c) for what, c in of_arm.items()]), ""]
         lines += [f"- {what}: {verdict(c)}" for what, c in of_arm.items()]
     number = sum(map(len, changes.values()))
     lines += ["", f"Comparisons: {number}, without correction for their number: of {number} that changed nothing, "]
@@ -457,10 +350,13 @@ def markdown(report: Report) -> str:
     return "\n".join([*lines, "", "## How it was measured", "", *_how(report)]) + "\n"
 
 
-def _row(what: str, c: Change) -> str:
+HEADER = "| | n | chance | before | after | change | 95 % interval | only before right / only after | |"
+
+
+def _row(what: str, c: Change) -> list[str]:
     low, high = c.interval
     text = c.lost is None
-    cells = [
+    return [
         what,
         str(c.questions),
         "" if not c.chance else f"{100 * c.chance:.0f} %",
@@ -470,7 +366,6 @@ def _row(what: str, c: Change) -> str:
         "" if c.lost is None or c.won is None else f"{c.lost:.3g} / {c.won:.3g}",
         ("FLAG" if c.flagged else "") + (", significant" if c.flagged and c.significant else ""),
     ]
-    return f"| {' | '.join(cells)} |"
 
 
 def _runs(number: int) -> str:
@@ -479,7 +374,7 @@ def _runs(number: int) -> str:
     return "One run, so that the intervals are over questions alone, and say nothing of what another seed would do"
 
 
-def _how(report: Report) -> list[str]:
+def _how(report: Mapping[str, Any]) -> list[str]:
     settings, environment = report["settings"], report["environment"]
     lines = [f"Command: `{report['command']}`", ""]
     if settings["pocket"] is not None:
