@@ -20,7 +20,7 @@ from common.cli import start
 from common.tables import write_results
 from mechreward.errors import DataError
 from mechreward.integrations.made import made_now
-from mechreward.train.capability_tasks import Scores, fingerprint, measure, packages
+from mechreward.train.capability import Scores, fingerprint, measure, packages
 from mechreward.train.config import read_config
 from mechreward.train.runner import quiet
 

@@ -23,9 +23,8 @@ from mechreward.errors import ConfigError, DataError, MechRewardError, MissingEx
 from mechreward.integrations.made import made_now
 from mechreward.pocket.questions import HEDGE, KNOWN_PEOPLE, Question, split_of
 from mechreward.rollout.hf import load_model
-from mechreward.train import capability_tasks as capability
-from mechreward.train import lm_eval
-from mechreward.train.capability_tasks import PocketSuite, Scores
+from mechreward.train import capability, lm_eval
+from mechreward.train.capability import PocketSuite, Scores
 from mechreward.train.config import read_config
 from mechreward.train.lm_eval import LmEvalTask
 from test_train_config import one_sentence

@@ -15,7 +15,7 @@ import mechreward as mr
 from mechreward.cli import app
 from mechreward.pocket.questions import step_accuracy
 from mechreward.train import evaluation
-from mechreward.train.capability_tasks import PocketSuite
+from mechreward.train.capability import PocketSuite
 from mechreward.train.config import ExperimentConfig
 from planting import pocket
 
@@ -96,7 +96,7 @@ def test_a_model_and_its_other_skills(tmp_path, monkeypatch):
         right = evaluation.Scores([str(i) for i in range(4)], np.array([1.0, 0, 1, 1]))
         return {"arc_easy": right, "text": evaluation.Scores(["a"], np.array([2.0]), np.array([4]))}
 
-    monkeypatch.setattr("mechreward.train.capability_tasks.measure", measure)
+    monkeypatch.setattr("mechreward.train.capability.measure", measure)
     options = ["--questions", "4", "--max-new-tokens", "48", "--tasks", "arc_easy,hellaswag:acc_norm", "--pocket-suite"]
     result = run("mechreward/pocket", *options)
     assert result.exit_code == 0, result.output

@@ -87,7 +87,7 @@ OURS = {
     # Written and read by this package alone.
     "report/page.py", "verifiers/sandbox.py", "verifiers/code.py", "integrations/server/scorer.py", "unfinished.py",
     "integrations/made.py", "integrations/trl_grpo.py", "integrations/verl/trainer.py", "features/neuronpedia.py",
-    "cli/train.py", "train/capability_tasks.py", "train/lm_eval.py", "sae/registry.py",
+    "cli/train.py", "train/capability.py", "train/lm_eval.py", "sae/registry.py",
 }  # fmt: skip
 
 

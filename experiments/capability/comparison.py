@@ -1,6 +1,6 @@
 """Compare what a model could do before RL with what it can do afterwards, question by question.
 
-Both are measured on the same questions (:mod:`mechreward.train.capability_tasks`), so that they are compared in pairs. A
+Both are measured on the same questions (:mod:`mechreward.train.capability`), so that they are compared in pairs. A
 regression of more than :data:`LIMIT` is flagged, with its significance; where none is shown, the interval says which
 regressions the data leave possible.
 """
@@ -22,7 +22,7 @@ from common.tables import table
 from mechreward.errors import ConfigError, DataError
 from mechreward.integrations.made import made_sentence
 from mechreward.schema import Strict
-from mechreward.train.capability_tasks import PocketSuite, Scores, Suite
+from mechreward.train.capability import PocketSuite, Scores, Suite
 from mechreward.train.config import Count, NonEmpty, Positive
 from mechreward.train.lm_eval import LmEvalTask, matching
 from mechreward.train.results import DRAWS, t_interval

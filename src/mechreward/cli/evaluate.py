@@ -82,8 +82,7 @@ def evaluate(ctx: typer.Context, options: EvalOptions) -> None:
     --tasks hellaswag:acc_norm,arc_easy
     """
     from mechreward.probes.training import check_writable
-    from mechreward.train import capability_tasks as capability
-    from mechreward.train import evaluation
+    from mechreward.train import capability, evaluation
     from mechreward.train.runner import quiet
 
     run = Path(options.measured)

@@ -19,9 +19,8 @@ from mechreward.pocket.questions import step_accuracy
 from mechreward.reward.feature_reward import FeatureReward
 from mechreward.rollout.batch import RolloutBatch
 from mechreward.rollout.hf import HFSource, load_model, parse_dtype, sample
-from mechreward.train import arms, data
-from mechreward.train import capability_tasks as capability
-from mechreward.train.capability_tasks import Scores
+from mechreward.train import arms, capability, data
+from mechreward.train.capability import Scores
 from mechreward.train.config import ExperimentConfig, validated
 from mechreward.train.lm_eval import LmEvalTask
 from mechreward.unfinished import Steps

@@ -15,7 +15,7 @@ from pydantic import Field, field_validator
 
 from mechreward.errors import ConfigError, nearest
 from mechreward.extras import require
-from mechreward.train.capability_tasks import Scores, Suite
+from mechreward.train.capability import Scores, Suite
 from mechreward.train.config import Count, NonEmpty, Positive
 
 FORMATS = {".jsonl": "json", ".json": "json", ".arrow": "arrow", ".parquet": "parquet"}
