@@ -5,19 +5,17 @@
 The floor that features have to beat. RESEARCH.md says beforehand what would count against it.
 """
 
-from mechreward.experiments.config import ExperimentConfig
-from mechreward.experiments.runner import main
+from common.cli import train
+from mechreward.train.config import ExperimentConfig
 
 
-def fits(config: ExperimentConfig) -> str | None:
+def problem(config: ExperimentConfig) -> str | None:
     """Every arm must do without features."""
-    wrong = [name for name, arm in config.arms.items() if arm.features is not None]
-    return (
-        f"arm '{wrong[0]}' has features, but this experiment is about the outcome alone: use 02 or 03."
-        if wrong
-        else None
-    )
+    for name, arm in config.arms.items():
+        if arm.features is not None:
+            return f"arm '{name}' has features, but this experiment is about the outcome alone: use 02 or 03."
+    return None
 
 
 if __name__ == "__main__":
-    main(__doc__ or "", fits)
+    train(__doc__, problem)

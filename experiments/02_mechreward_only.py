@@ -5,17 +5,17 @@
 Does the accuracy follow the reading, or does the policy learn to produce the reading without the behaviour?
 """
 
-from mechreward.experiments.config import ExperimentConfig
-from mechreward.experiments.runner import main
+from common.cli import train
+from mechreward.train.config import ExperimentConfig
 
 
-def fits(config: ExperimentConfig) -> str | None:
-    """No arm may look at the outcome."""
-    wrong = [name for name, arm in config.arms.items() if arm.outcome]
-    return (
-        f"arm '{wrong[0]}' rewards the outcome, but this experiment is about features alone: use 03." if wrong else None
-    )
+def problem(config: ExperimentConfig) -> str | None:
+    """No arm may reward the outcome."""
+    for name, arm in config.arms.items():
+        if arm.outcome:
+            return f"arm '{name}' rewards the outcome, but this experiment is about features alone: use 03."
+    return None
 
 
 if __name__ == "__main__":
-    main(__doc__ or "", fits)
+    train(__doc__, problem)

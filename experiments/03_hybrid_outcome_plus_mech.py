@@ -5,19 +5,17 @@
 Is it better than the outcome alone, at equal budget? And if so, is it because of these features?
 """
 
-from mechreward.experiments.config import ExperimentConfig
-from mechreward.experiments.runner import main
+from common.cli import train
+from mechreward.train.config import ExperimentConfig
 
 
-def fits(config: ExperimentConfig) -> str | None:
+def problem(config: ExperimentConfig) -> str | None:
     """Every arm must have both."""
-    wrong = [name for name, arm in config.arms.items() if not arm.outcome or arm.features is None]
-    return (
-        f"arm '{wrong[0]}' lacks outcome or features, but this experiment is about both: use 01 or 02."
-        if wrong
-        else None
-    )
+    for name, arm in config.arms.items():
+        if not arm.outcome or arm.features is None:
+            return f"arm '{name}' lacks outcome or features, but this experiment is about both: use 01 or 02."
+    return None
 
 
 if __name__ == "__main__":
-    main(__doc__ or "", fits)
+    train(__doc__, problem)

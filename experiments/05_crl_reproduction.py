@@ -7,30 +7,40 @@ coefficients and learning rates on training questions; after them, `--tables` wr
 """
 
 import argparse
-import json
-import sys
 from pathlib import Path
 
-from mechreward.errors import MechRewardError
-from mechreward.experiments import crl, crl_results
-from mechreward.experiments.config import read_config
-from mechreward.experiments.crl import CRLConfig
-from mechreward.experiments.runner import chosen_runs, quiet
-from mechreward.recording import write_json
+from common.cli import start
+from common.tables import RESULTS, write_results
+from crl import experiment, results
+from crl.experiment import CRLConfig
+from mechreward.files import write_json
+from mechreward.train.config import read_config
+from mechreward.train.runner import chosen_runs, quiet
 
 
-def carry_out(config: CRLConfig, arms: list[str] | None, seeds: list[int] | None) -> None:
-    """The chosen runs, one after the other."""
-    wanted = chosen_runs(config, arms, seeds)
-    bench = crl.bench(config)
-    for arm, seed in wanted:
-        crl.run(bench, arm, seed)
-    print(f"Runs: {Path(config.output).resolve()}. Tables: the same command with --tables")
+def work(options: argparse.Namespace) -> None:
+    """Make the chosen runs, one after the other; or pilots, or the tables."""
+    quiet()
+    config = read_config(options.config, CRLConfig)
+    if options.tune:
+        tune(config)
+    elif options.tables:
+        command = f"python experiments/05_crl_reproduction.py --config {options.config} --tables"
+        report = {"command": command, **results.report(config, RESULTS / "pocket.json")}
+        file = options.out / Path(config.output).name
+        write_results(file, report, results.markdown(report))
+        print(f"Written: {file}.md, .json")
+    else:
+        wanted = chosen_runs(config.arms, config.seeds, options.arm, options.seed)
+        bench = experiment.bench(config)
+        for arm, seed in wanted:
+            experiment.run(bench, arm, seed)
+        print(f"Runs: {Path(config.output).resolve()}. Tables: the same command with --tables")
 
 
 def tune(config: CRLConfig) -> None:
-    """Pilots; what they said is kept beside the runs."""
-    pilots = crl.tune(config)
+    """Run the pilots, and keep their results beside the runs."""
+    pilots = experiment.tune(config)
     file = Path(config.output) / "tuning.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     write_json(file, {"pilots": pilots})
@@ -38,42 +48,13 @@ def tune(config: CRLConfig) -> None:
     print(f"Written: {file}. Best: coefficient {best['coefficient']:g}, learning_rate {best['learning_rate']:g}")
 
 
-def tables(config: CRLConfig, command: str, out: Path, beside: Path) -> None:
-    """What the finished runs say."""
-    report = {"command": command, **crl_results.report(config, beside)}
-    out.mkdir(parents=True, exist_ok=True)
-    file = out / Path(config.output).name
-    text = json.dumps(report, indent=1, allow_nan=False)
-    Path(f"{file}.json").write_text(text + "\n", encoding="utf-8")
-    Path(f"{file}.md").write_text(crl_results.markdown(report), encoding="utf-8")
-    print(crl_results.markdown(report))
-    print(f"Written: {file}.md, .json")
-
-
 if __name__ == "__main__":
-    results = Path(__file__).parent / "results"
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, type=Path, help="the experiment's YAML file")
-    parser.add_argument("--arm", action="append", help="only this arm (may be repeated); default: all")
-    parser.add_argument("--seed", action="append", type=int, help="only this seed (may be repeated); default: all")
-    parser.add_argument("--tune", action="store_true", help="no run: pilots on training questions")
-    parser.add_argument("--tables", action="store_true", help="no run: tables of the finished ones")
-    parser.add_argument("--out", type=Path, default=results, help="folder for the tables")
-    parser.add_argument("--debug", action="store_true", help="show where an error comes from")
-    options = parser.parse_args()
-    quiet()
-    try:
-        config = read_config(options.config, CRLConfig)
-        if options.tune:
-            tune(config)
-        elif options.tables:
-            command = f"python experiments/05_crl_reproduction.py --config {options.config} --tables"
-            tables(config, command, options.out, results / "pocket.json")
-        else:
-            carry_out(config, options.arm, options.seed)
-    except MechRewardError as error:
-        if options.debug:
-            raise
-        sys.exit(f"Error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("\nInterrupted. The same command goes on from the last checkpoint.")
+    start(
+        __doc__,
+        work,
+        "config arm seed out",
+        {
+            "--tune": {"action": "store_true", "help": "no run: pilots on training questions"},
+            "--tables": {"action": "store_true", "help": "no run: tables of the finished ones"},
+        },
+    )

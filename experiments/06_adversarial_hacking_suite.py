@@ -6,15 +6,17 @@ Attack 4 of the red team trains on the features alone, without KL; attack 5 subt
 the probe see. ``experiments/hacking_report.py`` makes the table and the plots, and adds attack 2, best-of-N.
 """
 
-from mechreward.experiments.hacking import HackingConfig, outfit
-from mechreward.experiments.runner import main
+from common.cli import train
+from hacking.defences import HackingConfig, setup
 
 
-def fits(config: HackingConfig) -> str | None:
+def problem(config: HackingConfig) -> str | None:
     """Every arm that is attacked must have features of the configuration's pack."""
-    others = [name for name, arm in config.arms.items() if arm.features and arm.features.pack != config.pack]
-    return f"arm '{others[0]}' rewards another pack than `pack`, which the guards are made for." if others else None
+    for name, arm in config.arms.items():
+        if arm.features and arm.features.pack != config.pack:
+            return f"arm '{name}' rewards another pack than `pack`, which the guards are made for."
+    return None
 
 
 if __name__ == "__main__":
-    main(__doc__ or "", fits, HackingConfig, outfit, "Report: python experiments/hacking_report.py")
+    train(__doc__, problem, HackingConfig, setup, "Report: python experiments/hacking_report.py")

@@ -11,73 +11,73 @@ these scores alone.
 
 import argparse
 import json
-import re
-import sys
 from pathlib import Path
 from typing import Any
 
-from mechreward.errors import DataError, MechRewardError
-from mechreward.experiments import capability
-from mechreward.experiments.capability import CapabilityConfig, Scores
-from mechreward.experiments.capability_tasks import fingerprint, measure, packages
-from mechreward.experiments.runner import quiet
+from capability import comparison
+from capability.comparison import CapabilityConfig
+from common.cli import start
+from common.tables import write_results
+from mechreward.errors import DataError
 from mechreward.files import made_now
+from mechreward.train.capability import Scores, fingerprint, measure, packages
+from mechreward.train.config import read_config
+from mechreward.train.runner import quiet
 
 
-def measured(config: CapabilityConfig, kept: Path) -> dict[str, Any]:
-    """Every capability of the model before RL, and of each that came out of it."""
+def work(options: argparse.Namespace) -> None:
+    """Measure, or read what was measured; then write the comparison."""
+    quiet()
+    config = read_config(options.config, CapabilityConfig)
+    file = options.out / f"capability-{config.name}"
+    command = f"python experiments/07_capability_preservation.py --config {options.config}"
+    report = read_stored(Path(f"{file}.json")) if options.tables else measured(config, options.kept, command)
+    follows = {
+        name: {what: change.report() for what, change in changes.items()}
+        for name, changes in comparison.compared(report).items()
+    }
+    write_results(file, {**report, "compared": follows}, comparison.markdown(report), flat=True)
+    print(f"Written: {file}.md, .json")
+
+
+def measured(config: CapabilityConfig, kept: Path, command: str) -> dict[str, Any]:
+    """Measure every capability of the model before RL, and of each that came out of it."""
     now = made_now()
-    # Which models there are is settled before any of them is measured.
-    after = {name: capability.models_of(trained) for name, trained in config.after.items()}
-    before = measure(config, config.before, kept)
+    # Find all models before any of them is measured.
+    after = {name: comparison.models_of(trained) for name, trained in config.after.items()}
+
+    def scores_of(model: str) -> dict[str, Scores]:
+        return measure(model, config.suites, config.batch_size, config.seed, kept)
+
+    before = scores_of(config.before)
     return {
-        "command": f"python experiments/07_capability_preservation.py --config {options.config}",
+        "command": command,
         "made": now,
         "settings": config.model_dump(mode="json"),
         "environment": packages(),
         "questions": {what: scores.questions for what, scores in before.items()},
         "before": stored(config.before, before),
         "after": {
-            name: [stored(model, on_the_same_questions(before, measure(config, model, kept))) for model in models]
+            name: [stored(model, paired(before, scores_of(model))) for model in models]
             for name, models in after.items()
         },
     }
 
 
-def on_the_same_questions(before: dict[str, Scores], after: dict[str, Scores]) -> dict[str, Scores]:
-    """What was measured after, once it is sure that it can be paired."""
+def paired(before: dict[str, Scores], after: dict[str, Scores]) -> dict[str, Scores]:
+    """Check that the scores after RL can be paired with those before, and return them."""
     for what, scores in after.items():
-        capability.change(before[what], [scores])
+        comparison.change(before[what], [scores])
     return after
 
 
 def stored(model: str, scores: dict[str, Scores]) -> dict[str, Any]:
-    """A model's scores, and whose they are."""
+    """Return a model's scores for JSON, with the model's name and fingerprint."""
     return {"model": model, "sha256": fingerprint(model), "scores": {what: s.to_json() for what, s in scores.items()}}
 
 
-def written(report: dict[str, Any], file: Path) -> str:
-    """The report as JSON, one list to a line, with what follows from it; and as a page."""
-    page = capability.markdown(report)
-    follows = {
-        name: {what: change.report() for what, change in changes.items()}
-        for name, changes in capability.compared(report).items()
-    }
-    file.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({**report, "compared": follows}, indent=1, allow_nan=False)
-    Path(f"{file}.json").write_text(in_few_lines(text) + "\n", encoding="utf-8")
-    Path(f"{file}.md").write_text(page, encoding="utf-8")
-    return page
-
-
-def in_few_lines(text: str) -> str:
-    """Indented JSON with each list of numbers or names on one line."""
-    innermost = r"\[\n\s+([^\[\]{}]*?)\n\s+\]"
-    return re.sub(innermost, lambda found: "[" + re.sub(r"\n\s+", " ", found[1]) + "]", text)
-
-
 def read_stored(file: Path) -> dict[str, Any]:
-    """An earlier result."""
+    """Read an earlier result."""
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -85,21 +85,12 @@ def read_stored(file: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, type=Path, help="the comparison's YAML file")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    parser.add_argument("--kept", type=Path, default=Path("runs/capability"), help="folder for what is measured")
-    parser.add_argument("--tables", action="store_true", help="measure nothing: the tables again, from stored scores")
-    parser.add_argument("--debug", action="store_true", help="show where an error comes from")
-    options = parser.parse_args()
-    quiet()
-    try:
-        config = capability.read_config(options.config)
-        file = options.out / f"capability-{config.name}"
-        report = read_stored(Path(f"{file}.json")) if options.tables else measured(config, options.kept)
-        print(written(report, file))
-    except MechRewardError as error:
-        if options.debug:
-            raise
-        sys.exit(f"Error: {error}")
-    print(f"Written: {file}.md, .json")
+    start(
+        __doc__,
+        work,
+        "config out",
+        {
+            "--kept": {"type": Path, "default": Path("runs/capability"), "help": "folder for what is measured"},
+            "--tables": {"action": "store_true", "help": "measure nothing: the tables again, from stored scores"},
+        },
+    )

@@ -7,32 +7,24 @@ experiments/results/hacking.{json,md} and hacking-*.png.
 """
 
 import argparse
-import json
-import sys
 import warnings
-from pathlib import Path
 
-from mechreward.errors import CandidateWarning, MechRewardError
-from mechreward.experiments import hacking_page, hacking_results
-from mechreward.experiments.config import read_config
-from mechreward.experiments.hacking import HackingConfig
+from common.cli import start
+from common.tables import write_results
+from hacking import page, results
+from hacking.defences import HackingConfig
+from mechreward.errors import CandidateWarning
+from mechreward.train.config import read_config
+
+
+def work(options: argparse.Namespace) -> None:
+    """Write the report."""
+    warnings.simplefilter("ignore", CandidateWarning)
+    report = results.report(read_config(options.config, HackingConfig))
+    write_results(options.out / "hacking", report, page.markdown(report))
+    page.draw(report, options.out)
+    print(f"Written: {options.out}/hacking.md, .json, hacking-*.png")
+
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, type=Path, help="the experiment's YAML file")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    parser.add_argument("--debug", action="store_true", help="show where an error comes from")
-    options = parser.parse_args()
-    warnings.simplefilter("ignore", CandidateWarning)
-    try:
-        report = hacking_results.report(read_config(options.config, HackingConfig))
-    except MechRewardError as error:
-        if options.debug:
-            raise
-        sys.exit(f"Error: {error}")
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "hacking.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    (options.out / "hacking.md").write_text(hacking_page.markdown(report), encoding="utf-8")
-    hacking_page.draw(report, options.out)
-    print(hacking_page.markdown(report))
-    print(f"Written: {options.out}/hacking.md, .json, hacking-*.png")
+    start(__doc__, work, "config out")

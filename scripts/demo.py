@@ -23,6 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import mechreward as mr
+from mechreward import stats
 from mechreward.rollout.hf import sample
 
 OUT = Path("demo")
@@ -46,14 +47,6 @@ def accuracy(model: Any, n: int) -> int:
     torch.manual_seed(0)
     answers = sample(model.eval(), tokenizer, asked["prompt"], 1).texts
     return sum(v is True for v in mr.verifiers.math_boxed(answers, asked["answer"]))
-
-
-def wilson(right: int, n: int) -> tuple[float, float]:
-    """95 % interval of a proportion (Wilson 1927)."""
-    z, p = 1.96, right / n
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return centre - half, centre + half
 
 
 class LiveLine(transformers.TrainerCallback):
@@ -140,8 +133,7 @@ def ours(arm: Arm) -> float:
 
 
 def interval(right: int, n: int) -> str:
-    low, high = wilson(right, n)
-    return f"{right / n:.3f} ({low:.3f} to {high:.3f})"
+    return stats.with_interval(right / n, stats.wilson(right, n))
 
 
 def plot(arms: list[Arm], file: Path) -> None:

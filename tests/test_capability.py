@@ -16,24 +16,18 @@ import transformers
 import yaml
 from scipy import stats
 
+from capability import comparison
+from capability.comparison import CapabilityConfig, Change, adjusted_wald, change, paired_bootstrap, verdict
 from mechreward import pocket
 from mechreward.errors import ConfigError, DataError, MechRewardError, MissingExtraError
-from mechreward.experiments import capability, capability_tasks
-from mechreward.experiments.capability import (
-    Change,
-    LmEvalTask,
-    PocketSuite,
-    Scores,
-    adjusted_wald,
-    change,
-    paired_bootstrap,
-    verdict,
-)
-from mechreward.experiments.config import read_config as read_experiment
 from mechreward.files import made_now
 from mechreward.pocket.questions import HEDGE, KNOWN_PEOPLE, Question, split_of
 from mechreward.rollout.hf import load_model
-from test_experiment_config import one_sentence
+from mechreward.train import capability, lm_eval
+from mechreward.train.capability import PocketSuite, Scores
+from mechreward.train.config import read_config
+from mechreward.train.lm_eval import LmEvalTask
+from test_train_config import one_sentence
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "experiments" / "capability"
@@ -260,14 +254,14 @@ class TestVerdict:
 
 
 def report_of(before: dict[str, Scores], after: dict[str, Scores]) -> dict:
-    config = capability.CapabilityConfig.model_validate(
+    config = CapabilityConfig.model_validate(
         {"name": "x", "before": "m", "after": {"arm": {"models": "a/b", "made_by": "make"}}, "pocket": {}}
     )
     return {
         "command": "c",
         "made": made_now(),
         "settings": config.model_dump(mode="json"),
-        "environment": capability_tasks.packages(),
+        "environment": capability.packages(),
         "questions": {what: scores.questions for what, scores in before.items()},
         "before": {"scores": {what: scores.to_json() for what, scores in before.items()}},
         "after": {"arm": [{"scores": {what: scores.to_json() for what, scores in after.items()}}]},
@@ -282,7 +276,7 @@ class TestReport:
             assert again.chance == scores.chance and again.figure == pytest.approx(scores.figure, rel=1e-4)
 
     def test_page(self):
-        page = capability.markdown(
+        page = comparison.markdown(
             report_of({"facts": binary(100, 200, 0.25)}, {"facts": moved_values(binary(100, 200), 20)})
         )
         row = next(line for line in page.splitlines() if line.startswith("| facts"))
@@ -295,14 +289,14 @@ class TestReport:
         if broken.get("questions") == {"x": ["1"]}:
             broken = {**report_of({"x": binary(1, 1)}, {"x": binary(1, 1)}), **{"before": {}}}
         with pytest.raises(DataError) as caught:
-            capability.compared(broken)
+            comparison.compared(broken)
         assert "measure again" in one_sentence(caught.value)
 
     @pytest.mark.parametrize("file", RESULTS, ids=lambda file: file.stem)
     def test_shipped_pages_follow_from_the_stored_scores(self, file):
         report = json.loads(file.read_text())
-        assert file.with_suffix(".md").read_text() == capability.markdown(report)
-        again = {n: {w: c.report() for w, c in cs.items()} for n, cs in capability.compared(report).items()}
+        assert file.with_suffix(".md").read_text() == comparison.markdown(report)
+        again = {n: {w: c.report() for w, c in cs.items()} for n, cs in comparison.compared(report).items()}
 
         def rounded(value):  # exp and log differ by a last digit between processors
             return json.loads(json.dumps(value), parse_float=lambda digits: round(float(digits), 12))
@@ -330,10 +324,10 @@ def write(folder: Path, content: dict | str) -> Path:
 
 class TestConfig:
     def test_shipped_configurations_load(self):
-        names = [capability.read_config(CONFIGS / f"{name}.yaml").name for name in ("pocket", "smollm2")]
+        names = [read_config(CONFIGS / f"{name}.yaml", CapabilityConfig).name for name in ("pocket", "smollm2")]
         assert names == ["pocket", "smollm2"]
-        trained = read_experiment(CONFIGS / "smollm2-rl.yaml")
-        compared = capability.read_config(CONFIGS / "smollm2.yaml")
+        trained = read_config(CONFIGS / "smollm2-rl.yaml")
+        compared = read_config(CONFIGS / "smollm2.yaml", CapabilityConfig)
         assert trained.model == compared.before and compared.after["sum"].models.startswith(f"{trained.output}/sum/")
 
     @pytest.mark.parametrize(
@@ -352,24 +346,24 @@ class TestConfig:
     )
     def test_what_is_wrong_is_said_in_one_sentence(self, tmp_path, content, says):
         with pytest.raises(ConfigError) as caught:
-            capability.read_config(write(tmp_path, content))
+            read_config(write(tmp_path, content), CapabilityConfig)
         assert says in one_sentence(caught.value)
 
     def test_a_file_that_is_not_there(self, tmp_path):
         with pytest.raises(ConfigError, match="cannot be read"):
-            capability.read_config(tmp_path / "none.yaml")
+            read_config(tmp_path / "none.yaml", CapabilityConfig)
 
     def test_models(self, tmp_path):
         for seed in (1, 0):
             (tmp_path / f"seed-{seed}" / "model").mkdir(parents=True)
-        after = capability.After(models=str(tmp_path / "seed-*/model"), made_by="python make.py")
-        assert capability.models_of(after) == [str(tmp_path / f"seed-{s}/model") for s in (0, 1)]
-        one = capability.After(models=str(tmp_path / "seed-1/model"), made_by="x")
-        assert capability.models_of(one) == [str(tmp_path / "seed-1/model")]
-        assert capability.models_of(capability.After(models="someone/model", made_by="x")) == ["someone/model"]
+        after = comparison.After(models=str(tmp_path / "seed-*/model"), made_by="python make.py")
+        assert comparison.models_of(after) == [str(tmp_path / f"seed-{s}/model") for s in (0, 1)]
+        one = comparison.After(models=str(tmp_path / "seed-1/model"), made_by="x")
+        assert comparison.models_of(one) == [str(tmp_path / "seed-1/model")]
+        assert comparison.models_of(comparison.After(models="someone/model", made_by="x")) == ["someone/model"]
         for pattern in (str(tmp_path / "other-*/model"), str(tmp_path / "a/b/c")):
             with pytest.raises(ConfigError) as caught:
-                capability.models_of(capability.After(models=pattern, made_by="python make.py"))
+                comparison.models_of(comparison.After(models=pattern, made_by="python make.py"))
             assert "run python make.py first" in one_sentence(caught.value)
 
 
@@ -383,7 +377,7 @@ def embedded():
 
 class TestSkills:
     def test_questions(self):
-        asked = capability_tasks.skill_questions(PocketSuite(questions=200))
+        asked = capability.skill_questions(PocketSuite(questions=200))
         problems, known, unknown = asked.values()
         for kind in asked.values():
             assert len({q.prompt for q in kind}) == len(kind) == 200
@@ -392,8 +386,8 @@ class TestSkills:
         assert not any(q.known or split_of(q.prompt) == "corpus" for q in unknown)
         order = [("test", "gate", "discovery", "train").index(split_of(q.prompt)) for q in unknown]
         assert order == sorted(order) and order.count(0) == 48  # all that the test split has
-        assert asked == capability_tasks.skill_questions(PocketSuite(questions=200))
-        assert asked != capability_tasks.skill_questions(PocketSuite(questions=200, seed=1))
+        assert asked == capability.skill_questions(PocketSuite(questions=200))
+        assert asked != capability.skill_questions(PocketSuite(questions=200, seed=1))
 
     def test_answers_made_by_hand(self):
         known = Question("Question: What is the job of A B?\nAnswer:", "baker", "", "retrieval")
@@ -411,22 +405,22 @@ class TestSkills:
             (problem, "\n#### 5", 1),
             (problem, " 2+3=5. 5+3=8.\n#### 8", 0),
         ]
-        scores = capability_tasks.judged([q for q, _, _ in made], [text for _, text, _ in made])
+        scores = capability.judged([q for q, _, _ in made], [text for _, text, _ in made])
         assert scores.values.tolist() == [right for _, _, right in made]
         assert scores.tokens is None and scores.chance == 0 and scores.figure == 0.4
         assert len(set(scores.questions)) == 3
 
     def test_answers_do_not_depend_on_the_surroundings(self, embedded):
-        asked = capability_tasks.skill_questions(PocketSuite(questions=6))["word problems"]
+        asked = capability.skill_questions(PocketSuite(questions=6))["word problems"]
         torch.manual_seed(5)
         state = torch.get_rng_state()
-        first = capability_tasks.answers(*embedded, asked, True, 0)
+        first = capability.answers(*embedded, asked, True, 0)
         assert torch.equal(state, torch.get_rng_state())
         torch.manual_seed(6)
-        assert capability_tasks.answers(*embedded, asked, True, 0) == first
-        assert capability_tasks.answers(*embedded, asked, True, 1) != first
-        greedy = capability_tasks.answers(*embedded, asked, False, 0)
-        assert greedy == capability_tasks.answers(*embedded, asked, False, 1)
+        assert capability.answers(*embedded, asked, True, 0) == first
+        assert capability.answers(*embedded, asked, True, 1) != first
+        greedy = capability.answers(*embedded, asked, False, 0)
+        assert greedy == capability.answers(*embedded, asked, False, 1)
         # As one would by hand.
         model, tokenizer = embedded
         ids = tokenizer(asked[0].prompt, return_tensors="pt").input_ids
@@ -437,8 +431,8 @@ class TestSkills:
 class TestPerplexity:
     def test_equals_hugging_faces_loss_in_float64(self, embedded):
         model, tokenizer = embedded
-        drawn = capability_tasks.corpus_texts(PocketSuite(texts=12))
-        found = capability_tasks.perplexities(model, tokenizer, drawn)
+        drawn = capability.corpus_texts(PocketSuite(texts=12))
+        found = capability.perplexities(model, tokenizer, drawn)
         double = transformers.AutoModelForCausalLM.from_pretrained(pocket.path(), dtype=torch.float64).eval()
         whole, only = found["perplexity of the corpus's texts"], found["perplexity of the answers in them"]
         for i, (prompt, completion) in enumerate(drawn):
@@ -454,13 +448,13 @@ class TestPerplexity:
         assert whole.figure == pytest.approx(np.exp(whole.values.sum() / whole.tokens.sum()))
 
     def test_texts_are_held_out_and_like_the_corpus(self):
-        drawn = capability_tasks.corpus_texts(PocketSuite(texts=400))
+        drawn = capability.corpus_texts(PocketSuite(texts=400))
         assert {split_of(prompt) for prompt, _ in drawn} == {"test"}
         problems = [completion for prompt, completion in drawn if "How many" in prompt]
         assert 0.68 < len(problems) / 400 < 0.82
         direct = np.mean([completion.startswith("\n####") for completion in problems])
         assert 0.27 < direct < 0.43
-        assert drawn == capability_tasks.corpus_texts(PocketSuite(texts=400))
+        assert drawn == capability.corpus_texts(PocketSuite(texts=400))
 
 
 # -- lm-eval -----------------------------------------------------------------------------------------------------------
@@ -491,11 +485,11 @@ def arc_task(arc, **changes) -> LmEvalTask:
 
 
 @pytest.fixture
-def lm_eval():
+def needs_lm_eval():
     return pytest.importorskip("lm_eval")
 
 
-@pytest.mark.usefixtures("lm_eval")
+@pytest.mark.usefixtures("needs_lm_eval")
 class TestLmEval:
     def test_scores_as_by_hand(self, embedded, arc):
         """The choice of the highest log-likelihood, or of the highest per character, after lm-eval's own prompt."""
@@ -519,22 +513,22 @@ class TestLmEval:
             "acc_norm": [float(np.argmax(np.divide(n, c)) == g) for n, c, g in zip(likely, lengths, gold, strict=True)],
         }
         for metric, expected in by_metric.items():
-            scores = capability_tasks.lm_eval_scores(*embedded, arc_task(arc, metric=metric), batch_size=4)
+            scores = lm_eval.task_scores(*embedded, arc_task(arc, metric=metric), batch_size=4)
             assert scores.questions == [f"arc_easy/{i}" for i in range(7)] and scores.values.tolist() == expected
             assert scores.chance == pytest.approx((4 / 3 + 3 / 4) / 7)
         assert 0 < sum(by_metric["acc"]) < 7
 
     def test_a_slice_is_of_these_questions(self, embedded, arc):
-        everything = capability_tasks.lm_eval_scores(*embedded, arc_task(arc))
+        everything = lm_eval.task_scores(*embedded, arc_task(arc))
         by_question = dict(zip(everything.questions, everything.values, strict=True))
         for seed in (0, 1):
-            few = capability_tasks.lm_eval_scores(*embedded, arc_task(arc, questions=4), seed=seed)
+            few = lm_eval.task_scores(*embedded, arc_task(arc, questions=4), seed=seed)
             assert len(few.questions) == 4
             assert few.values.tolist() == [by_question[question] for question in few.questions]
 
     def test_a_group_is_drawn_from_as_a_whole(self, embedded, arc):
         """`ai2_arc` is both sets; {subset} is each one's own file."""
-        scores = capability_tasks.lm_eval_scores(*embedded, arc_task(arc, task="ai2_arc", questions=10))
+        scores = lm_eval.task_scores(*embedded, arc_task(arc, task="ai2_arc", questions=10))
         of_task = {
             name: sum(q.startswith(f"{name}/") for q in scores.questions) for name in ("arc_easy", "arc_challenge")
         }
@@ -542,18 +536,18 @@ class TestLmEval:
 
     def test_generation(self, embedded, tmp_path):
         """GSM8K's own prompt and reading of the answer: pocket happens to answer in its format."""
-        asked = capability_tasks.skill_questions(PocketSuite(questions=12))["word problems"]
+        asked = capability.skill_questions(PocketSuite(questions=12))["word problems"]
         rows = [{"question": q.prompt[len("Question: ") : -len("\nAnswer:")], "answer": q.solution} for q in asked]
         (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         task = LmEvalTask(
             task="gsm8k", metric="exact_match", filter="strict-match", fewshot=0, max_new_tokens=64,
             data={"test": str(tmp_path / "test.jsonl")},
         )  # fmt: skip
-        scores = capability_tasks.lm_eval_scores(*embedded, task)
-        ours = capability_tasks.judged(asked, capability_tasks.answers(*embedded, asked, False, 0))
+        scores = lm_eval.task_scores(*embedded, task)
+        ours = capability.judged(asked, capability.answers(*embedded, asked, False, 0))
         assert scores.values.tolist() == ours.values.tolist() and scores.chance == 0
         cut = task.model_copy(update={"max_new_tokens": 1})
-        assert capability_tasks.lm_eval_scores(*embedded, cut).values.sum() == 0
+        assert lm_eval.task_scores(*embedded, cut).values.sum() == 0
 
     @pytest.mark.parametrize(
         ("changes", "says"),
@@ -569,39 +563,39 @@ class TestLmEval:
     )
     def test_what_is_wrong_is_said_in_one_sentence(self, embedded, arc, changes, says):
         with pytest.raises(ConfigError) as caught:
-            capability_tasks.lm_eval_scores(*embedded, arc_task(arc, **changes))
+            lm_eval.task_scores(*embedded, arc_task(arc, **changes))
         assert says in one_sentence(caught.value)
 
     def test_data_in_other_columns(self, embedded, tmp_path):
         (tmp_path / "x.jsonl").write_text('{"q": "a"}\n')
         with pytest.raises(ConfigError) as caught:
-            capability_tasks.lm_eval_scores(*embedded, arc_task(tmp_path, data={"test": str(tmp_path / "x.jsonl")}))
+            lm_eval.task_scores(*embedded, arc_task(tmp_path, data={"test": str(tmp_path / "x.jsonl")}))
         assert "cannot be loaded" in one_sentence(caught.value)
 
     def test_a_metric_that_is_not_zero_or_one(self):
         rows = [{"doc_id": 0, "filter": "none", "metrics": ["f1"], "f1": 0.5, "arguments": [1]}]
         with pytest.raises(ConfigError) as caught:
-            capability_tasks.scores_of(LmEvalTask(task="x", metric="f1"), {"x": rows})
+            lm_eval.scores_of(LmEvalTask(task="x", metric="f1"), {"x": rows})
         assert "not 0 or 1" in one_sentence(caught.value)
 
 
 def test_every_question_is_as_likely_as_any_other():
     sizes, counts = {"b": 3, "a": 9}, np.zeros(12)
     for seed in range(600):
-        chosen = capability_tasks.drawn_questions(sizes, 4, seed)
+        chosen = lm_eval.drawn_questions(sizes, 4, seed)
         assert all(list(ids) == sorted(set(ids)) for ids in chosen.values()) and sum(map(len, chosen.values())) == 4
         for name, ids in chosen.items():
             counts[[i + 9 * (name == "b") for i in ids]] += 1
     assert stats.chisquare(counts).pvalue > 1e-3
-    assert capability_tasks.drawn_questions(sizes, None, 0) == {"a": list(range(9)), "b": [0, 1, 2]}
-    assert capability_tasks.drawn_questions(sizes, 50, 0) == capability_tasks.drawn_questions(sizes, None, 0)
+    assert lm_eval.drawn_questions(sizes, None, 0) == {"a": list(range(9)), "b": [0, 1, 2]}
+    assert lm_eval.drawn_questions(sizes, 50, 0) == lm_eval.drawn_questions(sizes, None, 0)
 
 
 def test_without_lm_eval_one_sentence_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    config = capability.CapabilityConfig.model_validate({**TINY, "lm_eval": [{"task": "mmlu", "metric": "acc"}]})
+    config = CapabilityConfig.model_validate({**TINY, "lm_eval": [{"task": "mmlu", "metric": "acc"}]})
     with pytest.raises(MissingExtraError) as caught:
-        capability_tasks.measure(config, pocket.MODEL_ID)
+        capability.measure(pocket.MODEL_ID, config.suites)
     assert "'.[eval]'" in one_sentence(caught.value)
 
 
@@ -653,27 +647,27 @@ class TestScript:
         changes = report["compared"]["lora"]
         assert set(changes) == set(report["questions"]) and len(changes) == 9 and "arc_easy" in changes
         assert changes["perplexity of the corpus's texts"]["flagged"]  # random adapters spoil a model
-        assert report["after"]["lora"][0]["sha256"] == capability_tasks.fingerprint(str(adapter)) is not None
+        assert report["after"]["lora"][0]["sha256"] == capability.fingerprint(str(adapter)) is not None
         # From the stored scores alone.
         (out / "capability-tiny.md").unlink()
         script("--config", file, "--out", out, "--tables")
         assert (out / "capability-tiny.md").read_text() == page
         assert json.loads((out / "capability-tiny.json").read_text()) == report
         # Measured once: an interrupted comparison goes on.
-        monkeypatch.setattr(capability_tasks, "load_model", lambda name: pytest.fail(f"{name} is loaded again"))
+        monkeypatch.setattr(capability, "load_model", lambda name: pytest.fail(f"{name} is loaded again"))
         script(*arguments)
         assert (out / "capability-tiny.md").read_text() == page
 
     def test_other_weights_are_measured_again(self, tmp_path, adapter):
         weights = adapter / "adapter_model.safetensors"
-        before = capability_tasks.fingerprint(str(adapter))
+        before = capability.fingerprint(str(adapter))
         kept = weights.read_bytes()
         weights.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
         try:
-            assert capability_tasks.fingerprint(str(adapter)) != before
+            assert capability.fingerprint(str(adapter)) != before
         finally:
             weights.write_bytes(kept)
-        assert capability_tasks.fingerprint("someone/model") is None
+        assert capability.fingerprint("someone/model") is None
 
     def test_missing_runs_name_the_command(self, script, tmp_path):
         with pytest.raises(SystemExit) as caught:
@@ -718,7 +712,7 @@ def test_smollm2_knows_more_than_guessing(tmp_path):
             if re.search(r"ARC-Easy/validation/.*\.arrow$", name):
                 file = archive.extract(name, tmp_path)
     task = LmEvalTask(task="arc_easy", metric="acc_norm", questions=200, data={"test": file})
-    scores = capability_tasks.lm_eval_scores(*load_model(str(tmp_path / "model")), task)
+    scores = lm_eval.task_scores(*load_model(str(tmp_path / "model")), task)
     assert scores.chance == pytest.approx(0.25, abs=0.01)
     assert stats.binomtest(int(scores.values.sum()), 200, 0.25, alternative="greater").pvalue < 0.001
     assert change(scores, [scores]).above_chance

@@ -13,9 +13,10 @@ from typer.testing import CliRunner
 
 import mechreward as mr
 from mechreward.cli import app
-from mechreward.experiments import evaluation, runner
-from mechreward.experiments.config import ExperimentConfig
 from mechreward.pocket.questions import step_accuracy
+from mechreward.train import evaluation
+from mechreward.train.capability import PocketSuite
+from mechreward.train.config import ExperimentConfig
 from planting import pocket
 
 N = 12
@@ -47,7 +48,7 @@ def finished(tmp_path_factory):
     tokenizer.save_pretrained(folder / "model")
     (folder / "config.yaml").write_text(yaml.safe_dump(config.run("sum", 3)))
     (folder / "summary.json").write_text("{}")
-    _, figures = runner.evaluate(model, tokenizer, runner.test_questions(config, 3), config, [], 3)
+    _, figures = evaluation.evaluate(model, tokenizer, evaluation.test_questions(config, 3), config, [], 3)
     return folder, config, figures
 
 
@@ -59,7 +60,7 @@ def test_a_run_is_measured_as_it_recorded_itself(finished):
     sampled = report["questions"]["sampled"]
     assert sampled["n"] == N and {name: sampled[name] for name in figures} == figures
     greedy = report["questions"]["greedy"]
-    answers = by_hand(runner.test_questions(config, 3))
+    answers = by_hand(evaluation.test_questions(config, 3))
     assert greedy["accuracy"] == np.mean([right for right, _ in answers])
     assert greedy["right_steps"] == pytest.approx(np.mean([steps for _, steps in answers]))
     assert json.loads((folder / "eval.json").read_text()) == report
@@ -79,32 +80,25 @@ def by_hand(test):
     return found
 
 
-def test_wilsons_interval_by_hand():
-    z, n, p = 1.959963984540054, 40, 15 / 40
-    middle = (p + z**2 / (2 * n)) / (1 + z**2 / n)
-    half = z / (1 + z**2 / n) * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
-    assert evaluation.wilson(15, 40) == pytest.approx([middle - half, middle + half])
-
-
 def test_a_model_and_its_other_skills(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     asked = []
 
-    def measure(config, model, kept, tell):
-        asked.append((config.lm_eval, config.pocket, model))
+    def measure(model, suites, seed, kept, log):
+        asked.append((suites, model))
         right = evaluation.Scores([str(i) for i in range(4)], np.array([1.0, 0, 1, 1]))
         return {"arc_easy": right, "text": evaluation.Scores(["a"], np.array([2.0]), np.array([4]))}
 
-    monkeypatch.setattr("mechreward.experiments.capability_tasks.measure", measure)
+    monkeypatch.setattr("mechreward.train.capability.measure", measure)
     options = ["--questions", "4", "--max-new-tokens", "48", "--tasks", "arc_easy,hellaswag:acc_norm", "--pocket-suite"]
     result = run("mechreward/pocket", *options)
     assert result.exit_code == 0, result.output
-    (tasks, suite, model), report = asked[0], json.loads((tmp_path / "eval.json").read_text())
+    ((suite, *tasks), model), report = asked[0], json.loads((tmp_path / "eval.json").read_text())
     assert [(t.task, t.metric, t.filter) for t in tasks] == [
         ("arc_easy", "acc", "none"),
         ("hellaswag", "acc_norm", "none"),
     ]
-    assert suite is not None and model == "mechreward/pocket"
+    assert isinstance(suite, PocketSuite) and model == "mechreward/pocket"
     assert report["capabilities"]["arc_easy"]["accuracy"] == 0.75
     assert report["capabilities"]["text"]["perplexity"] == pytest.approx(np.exp(0.5))
     assert "eval.json: 4 questions." in result.stdout and "0.750 (" in result.stdout
@@ -112,7 +106,7 @@ def test_a_model_and_its_other_skills(tmp_path, monkeypatch):
 
 def test_interrupted_it_goes_on_with_what_is_left(finished, tmp_path, monkeypatch):
     folder, *_ = finished
-    true, ways = runner.evaluate, []
+    true, ways = evaluation.evaluate, []
 
     def interrupted(*args, do_sample=True):
         ways.append(do_sample)
@@ -120,13 +114,13 @@ def test_interrupted_it_goes_on_with_what_is_left(finished, tmp_path, monkeypatc
             raise KeyboardInterrupt
         return true(*args, do_sample=do_sample)
 
-    monkeypatch.setattr(runner, "evaluate", interrupted)
+    monkeypatch.setattr(evaluation, "evaluate", interrupted)
     file = tmp_path / "eval.json"
     first = run(folder, "--out", file)
     assert first.exit_code == 130 and "1 of the evaluations" in first.stderr and not file.exists()
     assert run(folder, "--out", file).exit_code == 0
     assert ways == [True, False, False]
-    monkeypatch.setattr(runner, "evaluate", true)
+    monkeypatch.setattr(evaluation, "evaluate", true)
     whole = tmp_path / "whole.json"
     assert run(folder, "--out", whole).exit_code == 0
     assert whole.read_text() == file.read_text()
@@ -141,6 +135,7 @@ def test_what_cannot_be_measured_is_one_sentence(finished, tmp_path):
         ([folder, "--questions", "5"], "decides what --questions would"),
         ([begun], "is not finished"),
         (["some/model"], "name them with --data"),
+        (["mechreward/pocket", "--tasks", "arc_easy,arc_easy:acc_norm", "--questions", "4"], "'arc_easy' twice"),
         (["mechreward/pocket", "--verifier", "math_box", "--questions", "4"], "verifier"),
         (["mechreward/pocket", "--out", begun / "config.yaml" / "eval.json", "--questions", "4"], "config.yaml"),
     ):

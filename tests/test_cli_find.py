@@ -289,7 +289,7 @@ def test_a_split_of_ones_own_called_gate_is_asked_for_by_that_name(tmp_path, mon
         asked.append(sources[0].split)
         raise mr.errors.DataError("Enough.")
 
-    monkeypatch.setattr("mechreward.experiments.sampling.load", load)
+    monkeypatch.setattr("mechreward.train.sampling.load", load)
     monkeypatch.chdir(tmp_path)
     for data in ("me/questions", POCKET):
         for split in ([], ["--split", "gate"]):

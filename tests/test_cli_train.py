@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 
 from mechreward.cli import app
 from mechreward.cli.train import Progress
-from mechreward.experiments import runner
-from mechreward.experiments.config import read_config
-from test_experiment_config import one_sentence, tiny
+from mechreward.train import runner
+from mechreward.train.config import read_config
+from test_train_config import one_sentence, tiny
 
 ROOT = Path(__file__).parent.parent
 PACK = ["--pack", "pocket/reasoning_pack"]
@@ -40,7 +40,7 @@ def runs(monkeypatch):
     """The runs that would have been made, with what the runner was told."""
     made = []
 
-    def stand_in(config, arm, seed, tell, outfit, report_to, progress):
+    def stand_in(config, arm, seed, log, setup, report_to, progress):
         made.append((config, arm, seed, list(report_to)))
         return runner.folder_of(config, arm, seed)
 

@@ -18,17 +18,19 @@ from torch import nn
 
 import mechreward as mr
 from conftest import WIDTH, build
-from mechreward.baselines import crl as method
-from mechreward.baselines.crl import ActorCritic, Clipped, Directions, Steering, Trajectories, draw, log_prob
+from crl import experiment as crl
+from crl import method
+from crl import results as crl_results
+from crl.experiment import CRLConfig, SteeringArm
+from crl.method import ActorCritic, Clipped, Directions, Steering, Trajectories, draw, log_prob
 from mechreward.errors import CaptureError, ConfigError, ModelMismatchError, SAEError
-from mechreward.experiments import crl, crl_results, runner
-from mechreward.experiments.config import read_config
-from mechreward.experiments.crl import CRLConfig, SteeringArm
+from mechreward.files import read_jsonl
 from mechreward.readout import HookPoint, InputTransform
-from mechreward.recording import read_jsonl
 from mechreward.rollout.capture import decoder_layers
 from mechreward.sae.handle import SAEHandle
-from test_experiment_config import one_sentence
+from mechreward.train import runner
+from mechreward.train.config import read_config
+from test_train_config import one_sentence
 
 ROOT = Path(__file__).parent.parent
 LAYER, FEATURES, C = 1, 40, 6.0

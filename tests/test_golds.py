@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 
 from mechreward import OutcomeReward, pocket
 from mechreward.errors import ConfigError, RewardError
-from mechreward.experiments import data
-from mechreward.experiments.config import Source
 from mechreward.hacking.redteam.target import questions_that_can_be_judged
+from mechreward.train import data
+from mechreward.train.config import QuestionSource
 from mechreward.verifiers import exact_match, gsm8k, math_boxed, unit_tests
 from mechreward.verifiers.golds import gold, golds, verdicts
 
@@ -193,7 +193,7 @@ def test_on_pocket_answer_and_solution_give_the_same_verdicts():
 def rows_of(tmp_path, answers):
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps({"prompt": "q", "answer": answer}) + "\n" for answer in answers))
-    return Source(path=str(file))
+    return QuestionSource(path=str(file))
 
 
 def test_questions_of_experiments_hold_golds(tmp_path):

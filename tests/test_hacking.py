@@ -8,18 +8,18 @@ import numpy as np
 import pytest
 import torch
 
+from hacking import defences, page
+from hacking.defences import Detection, HackingConfig, Ledger
+from hacking.results import _gap, _over, _ringing, fell_at, first_alarms
 from mechreward.errors import ConfigError
-from mechreward.experiments import hacking, hacking_page
-from mechreward.experiments.config import read_config
-from mechreward.experiments.hacking import Detection, HackingConfig, Ledger
-from mechreward.experiments.hacking_results import _gap, _over, _ringing, fell_at, first_alarms
-from mechreward.experiments.results import Run
 from mechreward.hacking.monitor import Observation
 from mechreward.probes.linear_probe import linear_probe
 from mechreward.readout import HookPoint, Readings, direction
 from mechreward.reward.feature_reward import FeatureReward
 from mechreward.reward.outcome import OutcomeReward
 from mechreward.rollout.batch import RolloutBatch
+from mechreward.train.config import read_config
+from mechreward.train.results import Run
 
 CONFIG = """
 output: {folder}
@@ -82,8 +82,8 @@ def test_a_blind_attackers_detectors_are_given_the_features_only(tmp_path, monke
         typical={},
         deviation=1.0,
     )
-    monkeypatch.setattr(hacking, "prepared", lambda config: defence)
-    hacking.outfit(read_config(file, HackingConfig), "none", 0, tmp_path)
+    monkeypatch.setattr(defences, "prepared", lambda config: defence)
+    defences.setup(read_config(file, HackingConfig), "none", 0, tmp_path)
     assert given == [{"both": "both", "features": features}[knows]]
 
 
@@ -178,5 +178,5 @@ def test_intervals_are_students_and_one_seed_has_none():
 
 def test_the_page_says_what_was_not_measured():
     nothing = {"mean": None, "interval": None, "per_seed": []}
-    assert hacking_page._with(nothing) == hacking_page._mean(nothing) == "n/a"
-    assert hacking_page._each([None, 12.4]) == "- 12"
+    assert page._with(nothing) == page._mean(nothing) == "n/a"
+    assert page._each([None, 12.4]) == "- 12"

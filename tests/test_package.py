@@ -64,7 +64,7 @@ def test_errors_survive_a_trip_to_another_process():
 
 
 @pytest.mark.slow
-def test_wheel_holds_the_model_and_the_catalogs(tmp_path):
+def test_wheel_holds_the_model_and_the_catalogs_and_no_experiments(tmp_path):
     subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "--no-deps", "-q", "-w", str(tmp_path), str(ROOT)], check=True
     )
@@ -79,3 +79,4 @@ def test_wheel_holds_the_model_and_the_catalogs(tmp_path):
         "mechreward/catalogs/gemma-2-9b/reasoning_pack.json",
     ):
         assert needed in names
+    assert not [name for name in names if name.startswith(("mechreward/experiments", "mechreward/baselines"))]

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from mechreward.experiments.page import markdown
+from common.page import markdown
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 
 import mechreward as mr
 from mechreward import recording
+from mechreward.files import read_jsonl
 from mechreward.integrations.trl_grpo import MechRewardGRPOConfig, MechRewardGRPOTrainer
-from mechreward.recording import read_jsonl
 from mechreward.reward.base import Reward
 from mechreward.reward.guards import Verdict
 from mechreward.rollout.batch import Scores

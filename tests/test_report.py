@@ -21,7 +21,7 @@ from mechreward.report.page import page
 from mechreward.report.rollouts import rollouts
 from mechreward.report.runs import find
 from report_runs import HARM, lines, rollout, write_run
-from test_experiment_config import one_sentence
+from test_train_config import one_sentence
 
 EASY = {0: [0] * 20, 2: [1] * 20}
 HALF = {0: [0] * 20, 2: [1, 0] * 10}

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from mechreward import files as module
-from mechreward.files import made_by, made_now, made_sentence
-from mechreward.recording import environment
+from mechreward.files import environment, made_by, made_now, made_sentence
 
 ROOT = Path(__file__).parent.parent
 PACK = ROOT / "experiments/results/smollm2-gate.json"

@@ -20,18 +20,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from common.comparison import read_runs
 from mechreward import verifiers
-from mechreward.baselines import sarm
-from mechreward.baselines.preferences import Preference, preference, read_preferences, write_preferences
-from mechreward.baselines.sarm import Recipe, Sarm, SarmReward, SarmSettings, Tokens, TopKSAE, z_score
 from mechreward.errors import ConfigError, DataError, ModelMismatchError, SAEError
-from mechreward.experiments import results, sarm_results
-from mechreward.experiments import sarm as sarm_experiment
-from mechreward.experiments.config import read_config
-from mechreward.experiments.sarm import SarmConfig
 from mechreward.pocket.questions import OTHER_WORDING, WORDING, questions, reasoning_question
 from mechreward.rollout.capture import decoder_layers
 from mechreward.rollout.hf import load_model
+from mechreward.train.config import read_config
+from sarm import cells, results
+from sarm import model as sarm
+from sarm.config import SarmConfig
+from sarm.model import Recipe, Sarm, SarmReward, SarmSettings, Tokens, TopKSAE, z_score
+from sarm.pairs import PairSet
+from sarm.preferences import Preference, preference, read_preferences, write_preferences
 
 D, N, K = 16, 40, 5
 SIZES = {"hidden_size": D, "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -809,8 +810,8 @@ def test_longer_and_otherwise_worded_problems_are_problems(seed, other):
     assert question.prompt.startswith("Question: How many") == other
 
 
-class FromPairs(sarm_experiment.Workshop):
-    """A workshop whose pairs are given: longer answers are preferred, whatever they say."""
+class FromPairs(cells.Pipeline):
+    """A pipeline whose pairs are given: longer answers are preferred, whatever they say."""
 
     @functools.cached_property
     def sets(self):
@@ -818,17 +819,17 @@ class FromPairs(sarm_experiment.Workshop):
         made = {}
         for name, first in (("train", 0), ("in distribution", 40)):
             pairs = [Preference(f"Question {n // 2}:", f" {n} {n} {n}", f" {n}") for n in range(first, first + 30)]
-            made[name] = sarm_experiment.PairSet.of(pairs, tokenizer, 100)
+            made[name] = PairSet.of(pairs, tokenizer, 100)
         return made
 
 
 def test_cells_are_made_once_and_measured_by_prompt(tmp_path):
     config = read_config(tiny_config(tmp_path), SarmConfig)
     said = []
-    shop = FromPairs(config, said.append)
+    pipeline = FromPairs(config, said.append)
     for cell in config.cells:
         for seed in config.seeds:
-            folder = sarm_experiment.make_cell(shop, cell, seed)
+            folder = cells.make_cell(pipeline, cell, seed)
             assert (folder / "sarm.safetensors").exists() == (cell not in ("features", "length"))
     result = json.loads((tmp_path / "models/length/seed-0/result.json").read_text())
     assert result["sets"]["in distribution"]["correct"] == [1.0] * 15  # longer is better, as it learnt
@@ -836,15 +837,15 @@ def test_cells_are_made_once_and_measured_by_prompt(tmp_path):
     trained_one = json.loads((tmp_path / "models/dense/seed-0/result.json").read_text())
     assert trained_one["learning_rate"] in (1e-3, 1e-2) and trained_one["held_out_loss"] > 0
     loaded, _ = sarm.load_sarm(tmp_path / "models/sarm/seed-1/sarm.safetensors")
-    scores = sarm.score(loaded, [side for both in shop.sets["in distribution"].tokens for side in both]).view(-1, 2)
+    scores = sarm.score(loaded, [side for both in pipeline.sets["in distribution"].tokens for side in both]).view(-1, 2)
     right = (scores[:, 0] > scores[:, 1]).float().view(15, 2).mean(dim=1).tolist()
     again = json.loads((tmp_path / "models/sarm/seed-1/result.json").read_text())
     assert again["sets"]["in distribution"]["correct"] == pytest.approx(right)
     count = len(said)
-    sarm_experiment.make_cell(shop, "dense", 0)
+    cells.make_cell(pipeline, "dense", 0)
     assert len(said) == count
 
-    found = sarm_results.report(config)
+    found = results.report(config)
     cell = found["cells"]["dense"]["sets"]["in distribution"]
     means = [
         np.mean(
@@ -859,52 +860,52 @@ def test_cells_are_made_once_and_measured_by_prompt(tmp_path):
     assert gap["mean"] == pytest.approx(found["cells"]["sarm"]["sets"]["in distribution"]["mean"] - 1)
     assert found["grpo"] is None and found["unfinished"] == []
     (tmp_path / "models/dense/seed-1/result.json").rename(tmp_path / "aside")
-    assert sarm_results.report(config)["unfinished"] == ["dense"]
+    assert results.report(config)["unfinished"] == ["dense"]
     (tmp_path / "aside").rename(tmp_path / "models/dense/seed-1/result.json")
-    text = sarm_results.markdown(found)
+    text = results.markdown(found)
     assert f"| dense | {cell['mean']:.3f}" in text and text.count("\n- ") == 5
 
     other = read_config(tiny_config(tmp_path, ("  k: 4", "  k: 5")), SarmConfig)
     with pytest.raises(ConfigError, match=r"reward_model.k is 4 there and 5 here"):
-        sarm_experiment.make_cell(FromPairs(other, said.append), "dense", 0)
+        cells.make_cell(FromPairs(other, said.append), "dense", 0)
     with pytest.raises(ConfigError, match="There is no reward model"):
         missing = config.model_copy(update={"output": str(tmp_path / "elsewhere")})
-        sarm_experiment.outfit(missing)(config.grpo, "sarm", 0, tmp_path)
+        cells.setup(missing)(config.grpo, "sarm", 0, tmp_path)
 
 
 def test_an_autoencoder_is_pretrained_on_what_it_says(tmp_path):
     """One text, many tokens: last tokens are all alike, and those drawn from all are not."""
-    shop = FromPairs(read_config(tiny_config(tmp_path), SarmConfig), lambda line: None)
-    texts, (model, _) = shop.texts(), shop.untrained
-    last, drawn = shop.pretraining_vectors("sequence"), shop.pretraining_vectors("token")
+    pipeline = FromPairs(read_config(tiny_config(tmp_path), SarmConfig), lambda line: None)
+    texts, (model, _) = pipeline.texts(), pipeline.untrained
+    last, drawn = pipeline.pretraining_vectors("sequence"), pipeline.pretraining_vectors("token")
     assert last.shape == drawn.shape == (60, 128)
     assert torch.allclose(last, sarm.read_vectors(model, texts), atol=1e-5)
     everywhere = sarm.read_vectors(model, texts, everywhere=True)
     nearest = torch.cdist(drawn, everywhere).min(dim=1).values
     assert (nearest < 0.05).all() and not torch.allclose(last, drawn, atol=0.1)
-    vectors, again = shop.vectors("train"), FromPairs(shop.config, lambda line: pytest.fail("read twice"))
+    vectors, again = pipeline.vectors("train"), FromPairs(pipeline.config, lambda line: pytest.fail("read twice"))
     assert torch.equal(again.pretraining_vectors("token"), drawn) and torch.equal(again.vectors("train"), vectors)
 
 
 def test_the_share_of_the_top_latents_by_hand(tmp_path):
     """Two pairs, a head on z of two latents: |w (z_chosen - z_rejected)| summed over pairs."""
-    shop = FromPairs(read_config(tiny_config(tmp_path), SarmConfig), lambda line: None)
+    pipeline = FromPairs(read_config(tiny_config(tmp_path), SarmConfig), lambda line: None)
     model = Sarm(torch.nn.Identity(), TopKSAE(2, 2, 1), SarmSettings(1, False, 0), 2)
     with torch.no_grad():
         model.sae.encoder.weight.copy_(torch.eye(2))
         model.head.weight.copy_(torch.tensor([[2.0, -1.0]]))
-    shop.vectors = lambda test: torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[2.0, 3.0], [1.0, 1.0]]])
+    pipeline.vectors = lambda test: torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[2.0, 3.0], [1.0, 1.0]]])
     # differences (1, -1) and (1, 2): 2 + 2 of the first latent, 1 + 2 of the second
-    assert sarm_experiment.top_share(shop, model, "in distribution", top=1) == pytest.approx(4 / 7)
-    assert sarm_experiment.top_share(shop, model, "in distribution", top=9) == pytest.approx(1)
-    assert sarm_experiment.trained_margins(shop, model, "in distribution").tolist() == [3.0, 0.0]
-    measured = sarm_experiment._measured(shop.sets["in distribution"], torch.tensor([1.0, -1.0] * 15))
+    assert cells.top_share(pipeline, model, "in distribution", top=1) == pytest.approx(4 / 7)
+    assert cells.top_share(pipeline, model, "in distribution", top=9) == pytest.approx(1)
+    assert cells.trained_margins(pipeline, model, "in distribution").tolist() == [3.0, 0.0]
+    measured = cells._measured(pipeline.sets["in distribution"], torch.tensor([1.0, -1.0] * 15))
     assert measured["correct"] == [0.5] * 15
 
 
 def test_shuffling_flips_about_half(tmp_path):
     vectors = torch.arange(12.0).view(3, 2, 2)
-    found = sarm_experiment._flipped(vectors, np.array([False, True, False]))
+    found = cells._flipped(vectors, np.array([False, True, False]))
     assert torch.equal(found[1], vectors[1].flip(0)) and torch.equal(found[[0, 2]], vectors[[0, 2]])
 
 
@@ -918,7 +919,7 @@ def test_a_pair_in_both_sets_is_refused(tmp_path):
         ("in distribution: {path: mechreward/pocket, split: gate, rows: 24}", f"in distribution: {source}"),
     )
     with pytest.raises(DataError, match="in the training pairs too"):
-        _ = sarm_experiment.Workshop(read_config(file, SarmConfig), lambda line: None).sets
+        _ = cells.Pipeline(read_config(file, SarmConfig), lambda line: None).sets
 
 
 def test_policies_against_stored_results_and_each_other(tmp_path):
@@ -942,11 +943,11 @@ def test_policies_against_stored_results_and_each_other(tmp_path):
             log = {"step": 1, "kl": 0.25, "composite/sarm/raw": 2.0}
             for name, records in (("samples", samples), ("evaluations", figures), ("metrics", [log])):
                 (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    budget = results.read_runs(config.grpo.output)[1]
+    budget = read_runs(config.grpo.output)[1]
     arm = {"seeds": [0, 1, 2], "curves": {"right": {"per_seed": [[0, 0.5], [0, 0.25], [0, 1.0]]}}}
     stored = {"budget": budget, "arms": {"outcome": arm}}
     (tmp_path / "stored.json").write_text(json.dumps(stored))
-    found = sarm_results.of_policies(config)
+    found = results.of_policies(config)
     assert found["arms"]["sarm"]["per_seed"] == [0.75, 0.5] and found["arms"]["sarm"]["curve"] == [0, 0.625]
     assert found["arms"]["dense"]["tokens"] == [[3, 4], [3, 4]] and found["arms"]["dense"]["kl"] == [0.25, 0.25]
     assert found["unfinished"] == []
@@ -956,10 +957,10 @@ def test_policies_against_stored_results_and_each_other(tmp_path):
     assert [abs(v) for v in pair["per_seed"]] == [0.25, 0.25]
     (tmp_path / "stored.json").write_text(json.dumps({**stored, "budget": {**budget, "watch": []}}))
     with pytest.raises(ConfigError, match="another budget"):
-        sarm_results.of_policies(config)
+        results.of_policies(config)
     (tmp_path / "stored.json").unlink()
     with pytest.raises(ConfigError, match="cannot be read"):
-        sarm_results.of_policies(config)
+        results.of_policies(config)
 
 
 @pytest.mark.slow
@@ -975,7 +976,7 @@ def test_the_script_end_to_end(tmp_path, monkeypatch, capsys):
     report = json.loads((tmp_path / "results" / "tiny.json").read_text())
     assert report["grpo"]["arms"]["sarm"]["seeds"] == [0, 1]
     assert set(report["grpo"]["arms"]) == {"outcome", "sarm"} and report["grpo"]["stored"] == {}
-    assert sarm_results.markdown(report) == (tmp_path / "results" / "tiny.md").read_text()
+    assert results.markdown(report) == (tmp_path / "results" / "tiny.md").read_text()
     pairs = read_preferences(next((tmp_path / "pairs").glob("train-*.jsonl")))
     golds = {q.prompt: q.answer for q in itertools.islice(questions("discovery"), 24)}
     for pair in pairs:
@@ -994,7 +995,7 @@ RESULTS = ROOT / "experiments" / "results"
 @pytest.mark.parametrize("name", ["sarm", "sarm-smollm2"])
 def test_the_tables_are_made_from_the_json(name):
     found = json.loads((RESULTS / f"{name}.json").read_text())
-    assert sarm_results.markdown(found) == (RESULTS / f"{name}.md").read_text()
+    assert results.markdown(found) == (RESULTS / f"{name}.md").read_text()
     folder = "" if name == "sarm" else "smollm2/"
     config = read_config(ROOT / f"configs/{folder}sarm.yaml", SarmConfig).model_dump(mode="json")
     assert found["settings"]["reward_model"] == config["reward_model"] and found["settings"]["seeds"] == config["seeds"]

@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 
 import mechreward as mr
-from mechreward.baselines.preferences import read_preferences
-from mechreward.experiments import capability
-from mechreward.experiments.config import Source, read_config
-from mechreward.experiments.data import _from_datasets
+from capability.comparison import CapabilityConfig
 from mechreward.features.examples import read_corpus
 from mechreward.features.pack import read_pack
-from mechreward.recording import read_jsonl
+from mechreward.files import read_jsonl
 from mechreward.report.runs import _json, _yaml
 from mechreward.rollout.labelled import holds_rollouts, read_lines
 from mechreward.sae.training import read_documents
+from mechreward.train.config import QuestionSource, read_config
+from mechreward.train.data import _from_datasets
+from sarm.preferences import read_preferences
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "mechreward"
@@ -35,8 +35,12 @@ def probe(file):
     return mr.load_probe(str(file)).card
 
 
+def suite(file):
+    return read_config(file, CapabilityConfig)
+
+
 def questions(file):
-    return list(_from_datasets(Source(path=str(file), split="train", prompt="{prompt}", answer="completion")))
+    return list(_from_datasets(QuestionSource(path=str(file), split="train", prompt="{prompt}", answer="completion")))
 
 
 READERS = {
@@ -53,7 +57,11 @@ READERS = {
     "a pack": ("a.json", (CATALOG / "reasoning_pack.json").read_text(), lambda file: read_pack(file).model_dump()),
     "a probe": ("a.json", (CATALOG / "correctness_probe.json").read_text(), probe),
     "an experiment": ("a.yaml", (ROOT / "configs" / "hybrid.yaml").read_text(), read_config),
-    "a suite": ("a.yaml", (ROOT / "experiments/capability/pocket.yaml").read_text(), capability.read_config),
+    "a suite": (
+        "a.yaml",
+        (ROOT / "experiments/capability/pocket.yaml").read_text(),
+        lambda file: read_config(file, CapabilityConfig),
+    ),
     "a run's records": ("a.jsonl", ROLLOUTS, read_jsonl),
     "a run's settings": ("a.json", '{"max_steps": 3}\n', _json),
     "a run's configuration": ("a.yaml", "seed: 3\n", _yaml),
@@ -78,10 +86,8 @@ def test_a_byte_order_mark_and_crlf_change_nothing(tmp_path, what):
 OURS = {
     # Written and read by this package alone.
     "report/page.py", "verifiers/sandbox.py", "verifiers/code.py", "integrations/server/scorer.py", "unfinished.py",
-    "files.py", "integrations/trl/trainer.py", "integrations/verl/trainer.py", "features/neuronpedia.py",
-    "cli/train.py",
-    "experiments/crl_results.py", "experiments/sarm_results.py", "experiments/hacking_results.py",
-    "experiments/hacking.py", "experiments/capability_tasks.py", "experiments/results.py", "sae/registry.py",
+    "files.py", "integrations/trl_grpo.py", "integrations/verl/trainer.py", "features/neuronpedia.py",
+    "cli/train.py", "train/capability.py", "train/lm_eval.py", "sae/registry.py",
 }  # fmt: skip
 
 

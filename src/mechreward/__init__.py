@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from mechreward.reward.composition import CompositeReward, Hero
     from mechreward.reward.feature_reward import FeatureReward
     from mechreward.reward.outcome import OutcomeReward
-    from mechreward.rollout.hf import HFSource
+    from mechreward.rollout.source import HFSource
     from mechreward.sae.registry import load_sae
 
 __version__ = "0.1.0.dev0"

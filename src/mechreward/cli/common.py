@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, get_type_hints
 
 import typer
 from rich.console import Console
@@ -37,6 +39,61 @@ MaxNewTokens = Annotated[int, typer.Option(min=2, help="The longest completion."
 BatchSize = Annotated[int, typer.Option(min=1, help="Rollouts sampled at once.")]
 Dtype = Annotated[str, typer.Option(help="Of the model's weights: float32, bfloat16 or float16.")]
 Seed = Annotated[int, typer.Option(help="Of everything random.")]
+
+POCKET_ROWS = {"train": 2000, "discovery": 400, "test": 5000}
+"""Questions that pocket makes for each set, as in ``configs/``."""
+
+
+def options_from(schema: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command an option for each field of a dataclass, which is annotated as Typer's parameters are.
+
+    The decorated function takes a Typer context and the dataclass.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def run(ctx: typer.Context, **values: Any) -> None:
+            command(ctx, schema(**values))
+
+        hints = get_type_hints(schema, include_extras=True)
+        fields = [field.replace(annotation=hints[name]) for name, field in inspect.signature(schema).parameters.items()]
+        context = inspect.Parameter("ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
+        run.__signature__ = inspect.Signature([context, *fields])  # pyright: ignore[reportAttributeAccessIssue]
+        return run
+
+    return decorate
+
+
+def typed(ctx: typer.Context) -> list[str]:
+    """Return the names of the parameters that were given on the command line."""
+    return [name for name in ctx.params if getattr(ctx.get_parameter_source(name), "name", "") == "COMMANDLINE"]
+
+
+def flag(name: str) -> str:
+    """Return an option as it is written on the command line."""
+    return f"--{name.replace('_', '-')}"
+
+
+def default_test_split(path: str) -> str:
+    """Return the split with test questions; a file has only one."""
+    return "train" if path.endswith((".json", ".jsonl")) else "test"
+
+
+def question_source(options: Any, path: str, split: str, rows: int) -> dict[str, Any]:
+    """Describe where questions come from, for a configuration.
+
+    Args:
+        options: With ``subset``, ``prompt`` and ``answer``; pocket needs none of them.
+        path: ``mechreward/pocket``, a dataset of the hub, or a .jsonl.
+        split: Its split.
+        rows: Questions that pocket makes.
+    """
+    from mechreward import pocket
+
+    if path == pocket.MODEL_ID:
+        return {"path": path, "split": split, "rows": rows}
+    columns = {"subset": options.subset, "prompt": options.prompt, "answer": options.answer}
+    return {"path": path, "split": split, **columns}
 
 
 class Interrupted(Exception):

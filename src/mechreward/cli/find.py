@@ -103,7 +103,7 @@ def discover(
     mechreward discover --recipe gemma-2-9b/reasoning_pack --data openai/gsm8k --subset main
     --prompt "{question}" --verifier gsm8k --dtype bfloat16
     """
-    from mechreward.experiments.sampling import Sampling
+    from mechreward.train.sampling import Sampling
 
     check_pack_file(out, keep_rollouts)
     template = None if recipe is None else load_pack(recipe)
@@ -154,7 +154,7 @@ def _found(
     from mechreward.features.discover import discover as find_features
     from mechreward.features.frozen import freeze as freeze_pack
     from mechreward.rollout.capture import check_fits
-    from mechreward.rollout.hf import load_model, parse_dtype
+    from mechreward.rollout.sampling import load_model, parse_dtype
     from mechreward.sae.registry import load_sae, reference
 
     if not names:
@@ -206,12 +206,12 @@ def gate(
 
     Example: mechreward gate my_pack.json --data mechreward/pocket
     """
-    from mechreward.experiments.sampling import Sampling
     from mechreward.features.discover import chance_file, read_chance
     from mechreward.features.frozen import write_pack
     from mechreward.features.judge import judge, pack_readout
     from mechreward.rollout.capture import check_fits
-    from mechreward.rollout.hf import load_model, parse_dtype
+    from mechreward.rollout.sampling import load_model, parse_dtype
+    from mechreward.train.sampling import Sampling
 
     pack, local = load_pack(name), name.endswith(".json") and not name.startswith("hf:")
     file = out or (Path(name) if local else Path(f"{name.split('/')[-1].removesuffix('.json')}.json"))

@@ -112,9 +112,9 @@ def redteam(
 
     Example: mechreward redteam pocket/reasoning_pack --attack templates --attack best-of-n
     """
-    from mechreward.experiments.sampling import Sampling
     from mechreward.hacking.redteam.campaign import NAMES, Plan
     from mechreward.hacking.redteam.policy import KINDS, Training
+    from mechreward.train.sampling import Sampling
 
     chosen = list(dict.fromkeys(attack or NAMES))
     _check(chosen, train, learning_rate, family)
@@ -153,7 +153,7 @@ def _carried_out(
     from mechreward.hacking.redteam.target import Target
     from mechreward.reward.feature_reward import FeatureReward
     from mechreward.rollout.capture import check_fits
-    from mechreward.rollout.hf import fingerprint, load_model, parse_dtype
+    from mechreward.rollout.sampling import fingerprint, load_model, parse_dtype
 
     began, pack = time.perf_counter(), load_pack(name)
     model_name = model or pack.model

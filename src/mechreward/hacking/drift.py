@@ -12,7 +12,7 @@ from mechreward.aggregation import aggregation
 from mechreward.hacking.signs import Detector, Rewarded
 from mechreward.readout import Readings, Readout, Reads, Request, projection
 from mechreward.rollout.batch import RolloutBatch
-from mechreward.rollout.hf import over_tokens
+from mechreward.rollout.source import over_tokens
 from mechreward.sae.handle import SAEHandle
 
 SHRINK = 0.1

@@ -19,10 +19,10 @@ from torch import Tensor
 from mechreward.errors import ConfigError
 from mechreward.probes.linear_probe import Probe
 from mechreward.readout import Readings, Reads, Request
-from mechreward.reward.base import Reward, Scores
+from mechreward.reward.base import Reward
 from mechreward.reward.feature_reward import FeatureReward
 from mechreward.reward.guards import Verdict
-from mechreward.rollout.batch import RolloutBatch
+from mechreward.rollout.batch import RolloutBatch, Scores
 
 
 class Disagreement:

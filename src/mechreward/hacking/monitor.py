@@ -31,7 +31,7 @@ from mechreward.reward.feature_reward import FeatureReward
 from mechreward.reward.guards import Guard
 from mechreward.reward.outcome import OutcomeReward
 from mechreward.rollout.batch import RolloutBatch
-from mechreward.rollout.hf import over_tokens
+from mechreward.rollout.source import over_tokens
 
 Rows = Mapping[str, NDArray[np.float64]]
 """What a monitor measured, by name: ``[groups, num_generations, ...]``, NaN where a rollout has no value."""

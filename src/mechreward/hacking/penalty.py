@@ -17,11 +17,11 @@ import torch
 
 from mechreward.errors import ConfigError, RewardError, nearest
 from mechreward.readout import Readings, Request
-from mechreward.reward.base import Reward, Scores
+from mechreward.reward.base import Reward
 from mechreward.reward.composition import is_dense, least_favourable
 from mechreward.reward.feature_reward import FeatureReward
 from mechreward.reward.normalization import nan_moments
-from mechreward.rollout.batch import RolloutBatch
+from mechreward.rollout.batch import RolloutBatch, Scores
 
 Form = Literal["multiplicative", "additive"]
 FORMS: tuple[Form, ...] = ("multiplicative", "additive")

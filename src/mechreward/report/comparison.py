@@ -1,6 +1,6 @@
 """Runs side by side: a row for each arm, and in words what its difference to the baseline allows one to say.
 
-The statistics are those of :mod:`mechreward.experiments.results`: paired by seed and question, two intervals, and a
+The statistics are those of :mod:`mechreward.train.results`: paired by seed and question, two intervals, and a
 difference counts as shown only if both leave out 0. Arms that were not trained alike are not compared.
 """
 
@@ -12,19 +12,17 @@ from typing import Any
 import numpy as np
 
 from mechreward.errors import ConfigError, nearest
-from mechreward.experiments.page import verdict
-from mechreward.experiments.results import (
+from mechreward.report.runs import Folder
+from mechreward.train.results import (
     Difference,
     Run,
     difference,
     over_seeds,
     reading_moved,
-    resampled_interval,
-    t_interval,
+    verdict,
     without_infinities,
 )
-from mechreward.experiments.runner import first_difference
-from mechreward.report.runs import Folder
+from mechreward.train.runner import first_difference
 
 ENDS = 5
 """Training steps that a figure at the start or the end of a training is the mean of."""
@@ -120,9 +118,7 @@ def _ends(runs: Sequence[Run]) -> dict[str, Any]:
 
 def _gained(runs: Sequence[Run]) -> Difference:
     """The last step minus the first, on the same questions."""
-    each = [run.rows[-1]["right"] - run.rows[0]["right"] for run in runs]
-    means = [float(values.mean()) for values in each]
-    return Difference(float(np.mean(means)), means, resampled_interval(each), t_interval(means))
+    return Difference.of([run.rows[-1]["right"] - run.rows[0]["right"] for run in runs])
 
 
 def _training(runs: Sequence[Folder]) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from typing import Any
 import yaml
 
 from mechreward.errors import DataError
-from mechreward.recording import METRICS, RECORDING, TRACE, read_jsonl
+from mechreward.files import read_jsonl
+from mechreward.recording import METRICS, RECORDING, TRACE
 from mechreward.report.curves import GROUPS
 
 SHOWN = ("Test questions", "Reward and its parts", "KL, entropy, length", "Guards and alarms", "Monitors")

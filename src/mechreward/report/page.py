@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 import jinja2
 from markupsafe import Markup
 
-from mechreward.experiments.page import widest
 from mechreward.extras import require
 from mechreward.features.pack import FeaturePack
 from mechreward.features.show import visible
@@ -28,6 +27,7 @@ from mechreward.report.comparison import compare
 from mechreward.report.curves import COST, alarms, cost, curves
 from mechreward.report.rollouts import finite, rollouts
 from mechreward.report.runs import Folder
+from mechreward.train.results import widest
 
 HERE = Path(__file__).parent
 

@@ -14,10 +14,11 @@ from pydantic import ValidationError
 
 from mechreward import pocket
 from mechreward.errors import DataError, MechRewardError
-from mechreward.experiments.results import Run, read_run
 from mechreward.features.catalog import load_pack
 from mechreward.features.pack import FeaturePack
-from mechreward.recording import ENVIRONMENT, METRICS, RECORDING, TRACE, read_jsonl
+from mechreward.files import ENVIRONMENT, read_jsonl
+from mechreward.recording import METRICS, RECORDING, TRACE
+from mechreward.train.results import Run, read_run
 
 Record = dict[str, Any]
 

@@ -32,7 +32,7 @@ from mechreward.rollout.capture import (
     text_config,
     truncated_forward,
 )
-from mechreward.rollout.hf import MAX_TOKENS
+from mechreward.rollout.source import MAX_TOKENS
 from mechreward.sae.handle import SAEHandle
 
 FIGURE_TOKENS = 1024

@@ -22,8 +22,8 @@ from mechreward.hacking.redteam.templates import attacks
 from mechreward.readout import Readings
 from mechreward.reward.feature_reward import FeatureReward
 from mechreward.rollout.batch import RolloutBatch
-from mechreward.rollout.hf import read_in_pieces
 from mechreward.rollout.labelled import Labelled
+from mechreward.rollout.source import read_in_pieces
 from mechreward.unfinished import Steps, Tell, TellStage, Unfinished, silent
 
 NAMES = ("templates", "best-of-n", "suffix", "policy", "aware")

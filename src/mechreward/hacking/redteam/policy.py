@@ -24,8 +24,8 @@ from mechreward.hacking.redteam.report import Clean
 from mechreward.hacking.redteam.target import Floats, Target, suspicion, watched
 from mechreward.integrations.trl_grpo import MechRewardGRPOConfig, MechRewardGRPOTrainer
 from mechreward.readout import Readings, Request
-from mechreward.reward.base import Reward, Scores
-from mechreward.rollout.batch import RolloutBatch
+from mechreward.reward.base import Reward
+from mechreward.rollout.batch import RolloutBatch, Scores
 
 Kind = Literal["lora", "full"]
 KINDS: tuple[Kind, ...] = ("lora", "full")

@@ -17,7 +17,8 @@ from mechreward.reward.base import Reward
 from mechreward.reward.feature_reward import lowered
 from mechreward.reward.guards import Guard, RepetitionDetector
 from mechreward.rollout.batch import RolloutBatch
-from mechreward.rollout.hf import HFSource, sample, samples_depend_on
+from mechreward.rollout.sampling import sample, samples_depend_on
+from mechreward.rollout.source import HFSource
 from mechreward.schema import shown
 from mechreward.unfinished import Tell, Unfinished, silent
 from mechreward.verifiers.golds import golds, verdicts

@@ -22,8 +22,8 @@ from mechreward.integrations.served import build_reward
 from mechreward.integrations.verl.engine import READ, READINGS
 from mechreward.integrations.verl.options import TRAINER, check, dense_in_process, served
 from mechreward.readout import Readings, ReadoutBank, Request
-from mechreward.reward.base import Reward, Scores
-from mechreward.rollout.batch import Call, RolloutBatch
+from mechreward.reward.base import Reward
+from mechreward.rollout.batch import Call, RolloutBatch, Scores
 from mechreward.rollout.sampling import end_tokens
 
 STATE_FILE = "mechreward.json"

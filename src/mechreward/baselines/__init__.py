@@ -1,1 +1,0 @@
-"""Prior art, reproduced."""
