@@ -16,7 +16,8 @@ from scipy import stats
 from common import comparison, page
 from common.comparison import steps_to_reach
 from mechreward.errors import ConfigError
-from mechreward.train.results import Difference, Run, difference, resampled_interval, t_interval
+from mechreward.stats import resampled_interval, t_interval
+from mechreward.train.results import DRAWS, Difference, Run, difference
 from test_train_config import TINY, one_sentence, tiny
 
 ROOT = Path(__file__).parent.parent
@@ -56,11 +57,11 @@ def test_resampled_interval_equals_a_bootstrap_by_hand(spread):
     per_question = [rng.normal(rng.normal() * spread, 1, n) for n in (12, 20, 15, 9)]
     per_question[1][:5] = NAN
     means = bootstrap([list(v) for v in per_question], 4000)
-    found = resampled_interval(per_question)
+    found = resampled_interval(per_question, DRAWS)
     # Standard error of a 2.5 % quantile of n draws: sqrt(.025 .975 / n) / density, the density .058 / SD.
     allowed = 4 * (0.025 * 0.975) ** 0.5 * (1 / 4000 + 1 / 10_000) ** 0.5 / 0.058 * np.std(means)
     assert found == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])), abs=allowed)
-    assert found == resampled_interval(per_question) != resampled_interval(per_question, seed=1)
+    assert found == resampled_interval(per_question, DRAWS) != resampled_interval(per_question, DRAWS, seed=1)
 
 
 def coverage(seeds, questions, between, runs=400):
@@ -154,7 +155,7 @@ class TestDifference:
         found = difference(arm, base)
         assert found.per_seed == [0.5, 0.0] and found.mean == 0.25  # seeds 0 and 1 alone
         assert found.student == t_interval([0.5, 0.0])
-        assert found.resampled == resampled_interval([np.array([1.0, 0, 0, 1]), np.array([1.0, 0, -1, 0])])
+        assert found.resampled == resampled_interval([np.array([1.0, 0, 0, 1]), np.array([1.0, 0, -1, 0])], DRAWS)
 
     def test_pairing_by_question_counts(self):
         # The same questions right in both: without pairing the interval would have a width.

@@ -33,7 +33,7 @@ from mechreward.rollout.batch import RolloutBatch
 from mechreward.rollout.source import read_forward
 from mechreward.train import arms
 from mechreward.train.data import load
-from mechreward.train.results import Run, read_run
+from mechreward.train.results import DRAWS, Run, read_run
 from mechreward.train.runner import folder_of
 
 Floats = NDArray[np.float64]
