@@ -18,7 +18,7 @@ from mechreward.features.pack import read_pack
 from mechreward.integrations.recording import read_jsonl
 from mechreward.report.runs import _json, _yaml
 from mechreward.rollout.labelled import holds_rollouts, read_lines
-from mechreward.sae.training import read_documents
+from sae_training import read_documents
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "mechreward"
