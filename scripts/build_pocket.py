@@ -48,8 +48,8 @@ from mechreward.rollout.labelled import Labelled
 from mechreward.sae import formats
 from mechreward.sae.handle import SAEHandle
 from mechreward.sae.registry import load_sae
-from mechreward.sae.training import sae_figures
 from mechreward.stats import auc, bootstrap
+from sae_training import sae_figures
 
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "build" / "pocket"

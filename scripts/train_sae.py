@@ -34,7 +34,7 @@ from mechreward.readout import HookPoint
 from mechreward.rollout.capture import text_config
 from mechreward.rollout.hf import keeping_softcap
 from mechreward.sae import formats
-from mechreward.sae.training import (
+from sae_training import (
     Pieces,
     ResidualStream,
     check_layer,

@@ -1,43 +1,37 @@
-"""Explanations and their scores, against a local server whose answers are known."""
+"""Explanations and their scores against a local server whose answers are known, and what is written for Delphi."""
 
-import asyncio
-import itertools
 import json
-import re
-import sys
 import threading
-import types
-from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
-from mechreward import retry
+from mechreward import pocket, retry
 from mechreward.cli import app
 from mechreward.errors import ConfigError, DataError, ServiceError
 from mechreward.features import autointerp as module
 from mechreward.features.autointerp import (
     Chat,
     Score,
-    active,
+    Sets,
     deal,
+    detect,
     explain,
-    explain_with_delphi,
+    export_for_delphi,
     highlighted,
-    judge,
-    mean_marks,
     parse_explanation,
     parse_verdicts,
     plain,
-    random_marks,
-    score,
 )
-from mechreward.features.examples import Example, FeatureExamples
+from mechreward.features.examples import Example, FeatureExamples, collect, pocket_corpus
+from mechreward.rollout.hf import load_model
+from mechreward.sae.registry import load_sae
 
 pytest.importorskip("httpx")
 
@@ -74,17 +68,16 @@ class Server:
         self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
-    def judging(self, detects, fuzzes, explanation="equals signs"):
+    def judging(self, detects, explanation="equals signs"):
         """Explains, and judges each text by a rule."""
 
         def reply(messages):
             system, user = (message["content"] for message in messages)
             if "You study a feature" in system:
-                return json.dumps({"explanation": explanation})
+                return f"Let me see.\nExplanation: {explanation}"
             asked = json.loads(user)
             assert asked["explanation"] == explanation
-            rule = fuzzes if "tokens between << and >>" in system else detects
-            return json.dumps([int(rule(text)) for text in asked["texts"].values()])
+            return json.dumps([int(detects(text)) for text in asked["texts"].values()])
 
         self.reply = reply
 
@@ -136,13 +129,29 @@ def feature(fires: int = 60, silent: int = 40) -> FeatureExamples:
     )
 
 
-# The scores, by hand.
+# The score, by hand.
+
+
+class Judge:
+    """A chat that answers each question about texts by a rule, and keeps the texts."""
+
+    def __init__(self, answer):
+        self.answer, self.asked = answer, []
+
+    def ask(self, task, data):
+        self.asked.append(list(json.loads(data)["texts"].values()))
+        return self.answer(self.asked[-1])
+
+
+def judged(answer, fires, silent, seed=0):
+    chat = Judge(answer)
+    sets = Sets([], [example(text, 0) for text in fires], [example(text, 0) for text in silent])
+    return detect("equals signs", sets, chat, np.random.default_rng(seed)), chat.asked
 
 
 def test_a_score_by_hand():
-    texts = [("a", True), ("b", True), ("c", False), ("d", False), ("e", False)]
     says = {"a": 1, "b": 0, "c": 0, "d": 1, "e": 0}
-    found = judge(texts, lambda some: json.dumps([says[text] for text in some]), np.random.default_rng(0))
+    found, _ = judged(lambda some: json.dumps([says[text] for text in some]), "ab", "cde")
     assert found == Score(hits=1, misses=1, rejections=2, false_alarms=1, unparsed=0)
     assert found.balanced_accuracy == pytest.approx((1 / 2 + 2 / 3) / 2)
     assert str(found) == (
@@ -151,48 +160,36 @@ def test_a_score_by_hand():
 
 
 def test_answers_that_cannot_be_read_are_counted():
-    texts = [(f"{i}=", True) for i in range(6)] + [(str(i), False) for i in range(6)]
-    batches = []
+    asked = []
 
-    def ask(some):
-        batches.append(some)
-        return "I would rather not say." if len(batches) == 2 else json.dumps(["=" in text for text in some])
+    def answer(some):
+        asked.append(some)
+        return "I would rather not say." if len(asked) == 2 else json.dumps([int("=" in text) for text in some])
 
-    found = judge(texts, ask, np.random.default_rng(0))
-    assert [len(batch) for batch in batches] == [5, 5, 2] and sorted(itertools.chain(*batches)) == sorted(
-        t for t, _ in texts
+    fires, silent = [f"{i}=" for i in range(6)], [str(i) for i in range(6)]
+    found, asked_of = judged(answer, fires, silent)
+    assert [len(batch) for batch in asked_of] == [5, 5, 2] and sorted(t for some in asked_of for t in some) == sorted(
+        fires + silent
     )
-    lost = sum("=" in text for text in batches[1])
+    lost = sum("=" in text for text in asked[1])
     assert found == Score(6 - lost, 0, 6 - (5 - lost), 0, 5)
     assert found.balanced_accuracy == 1.0 and "5 of 12 answers could not be read" in str(found)
-    nothing = judge(texts, lambda some: "", np.random.default_rng(0))
+    nothing, _ = judged(lambda some: "", fires, silent)
     assert nothing == Score(0, 0, 0, 0, 12) and nothing.balanced_accuracy is None and "n/a" in str(nothing)
-    assert score([(True, True), (True, None)]).balanced_accuracy is None
-
-
-def test_what_is_judged_is_shuffled_by_the_seed():
-    def order(seed):
-        seen = []
-        judge([(str(i), True) for i in range(12)], lambda some: seen.extend(some) or "", np.random.default_rng(seed))
-        return seen
-
-    assert order(0) == order(0) != order(1) and sorted(order(0)) == sorted(order(1)) and order(0) != sorted(order(0))
 
 
 @pytest.mark.parametrize(
     ("answer", "verdicts"),
     [
         ("[1, 0, 1]", [True, False, True]),
-        ("```json\n[true, false, 1]\n```", [True, False, True]),
-        ('{"answers": [0, 0, 1]}', [False, False, True]),
+        ("```json\n[1,0,1]\n```", [True, False, True]),
         ("Texts [1, 2] differ, so at first [0,0,0]; but no: [1, 1, 0].", [True, True, False]),
-        ("<think>[1, 1, 1]</think>[0, 0, 0]", [False, False, False]),
-        ('[1, "maybe", null]', [True, None, None]),
-        ("[1, 2, 0]", [True, None, False]),
         ("[[1], 0, 1]", [None] * 3),
         ('{"1": 1, "2": 0, "3": 1}', [None] * 3),
         ("[1, 0]", [None] * 3),
         ("[1, 0, 1, 1]", [None] * 3),
+        ("[1, 2, 0]", [None] * 3),
+        ("[10, 1]", [None] * 3),
         ("1, 0, 1", [None] * 3),
         ("", [None] * 3),
         ("[" * 5000, [None] * 3),
@@ -205,13 +202,12 @@ def test_verdicts(answer, verdicts):
 @pytest.mark.parametrize(
     ("answer", "explanation"),
     [
-        ('{"explanation": " sums "}', "sums"),
-        ('Well:\n```json\n{"explanation": "a {brace} in it"}\n```', "a {brace} in it"),
-        ('<think>{"explanation": "no"}</think>\n{"explanation": "yes"}', "yes"),
-        ("[EXPLANATION]: sums\nof numbers", "sums\nof numbers"),
         ("Explanation: sums", "sums"),
-        ('{"explanation": ""}', None),
-        ('{"explanation": 3}', None),
+        ("The marks are on =.\n\n**Explanation:** sums of <b> and $ ", "sums of <b> and $"),
+        ("Explanation: no, that is wrong.\nExplanation: sums", "sums"),
+        ("[EXPLANATION]: sums", "sums"),
+        ("explanation:\nsums", "sums"),
+        ("Explanation:", None),
         ("sums", None),
         ("", None),
     ],
@@ -233,25 +229,20 @@ def test_marks():
         text=0,
         start=0,
     )
-    assert active(e).tolist() == [False, False, True, True, False, True]  # above .3 x 4
-    assert highlighted(e, active(e)) == "a<< < <b>>> ><<c>>"
-    assert plain(e) == "a < <b> >c"
-    marks = random_marks(e, 2, np.random.default_rng(0))
-    assert marks.sum() == 2 and not marks[0]
-    assert random_marks(e, 99, np.random.default_rng(0)).sum() == 5
-    assert mean_marks([e, example("1=2", 0, 1.0)]) == 2  # of 3 and 1
-    assert not active(example("silent", 0)).any()
+    assert highlighted(e) == "a<< < <b>>> ><<c>>"  # marked above .3 x 4
+    assert plain(e) == "a <<b>>c"
+    assert highlighted(example("silent", 0)) == "silent"
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 80), st.integers(0, 40), st.integers(0, 5))
 def test_nothing_that_explains_is_judged(fires, silent, seed):
-    given_feature = feature(fires, silent)
+    given_feature, rng = feature(fires, silent), np.random.default_rng(seed)
     if fires < 7 or silent == 0:  # six strongest explain
-        with pytest.raises(DataError, match=r"feature_7 (fires in too few|is never silent)"):
-            deal(given_feature, seed)
+        with pytest.raises(DataError, match="feature_7 fires in too few different texts"):
+            deal(given_feature, rng)
         return
-    sets = deal(given_feature, seed)
+    sets = deal(given_feature, rng)
     shown, judged = {e.text for e in sets.shown}, {e.text for e in sets.fires}
     assert not shown & judged and len(judged) == len(sets.fires) and {0, 1, 2, 3, 4, 5} <= shown
     assert len(shown) <= module.SHOWN and len(judged) == min(module.JUDGED, fires - len(shown))
@@ -260,11 +251,11 @@ def test_nothing_that_explains_is_judged(fires, silent, seed):
         assert min(judged) < fires / 4 and max(judged) > 3 * fires / 4
 
 
-def test_windows_with_the_same_tokens_count_once():
+def test_windows_with_the_same_text_count_once():
     twice = feature(20, 10)
     twice.sample.extend([example("3=x", 99, 50.0), example("q19=x", 98, 50.0, unread=1)])
     twice.controls.extend(twice.controls[:3])
-    sets = deal(twice)
+    sets = deal(twice, np.random.default_rng(0))
     texts = [plain(e) for e in sets.shown + sets.fires]
     assert len(set(texts)) == len(texts) == 20
     assert len({plain(e) for e in sets.silent}) == len(sets.silent) == 10
@@ -274,83 +265,78 @@ def test_windows_with_the_same_tokens_count_once():
 
 
 def test_a_judge_that_knows(server):
-    server.judging(lambda text: "=" in text, lambda text: "<<=>>" in text)
+    server.judging(lambda text: "=" in text)
     found = explain(feature(), Chat(server.url, "a-model"))
-    assert (found.explanation, found.engine, found.model) == ("equals signs", "builtin", "a-model")
-    assert found.detection == found.fuzzing == Score(20, 0, 20, 0, 0)
-    assert found.detection.balanced_accuracy == 1.0
+    assert (found.explanation, found.model) == ("equals signs", "a-model")
+    assert found.detection == Score(20, 0, 20, 0, 0) and found.detection.balanced_accuracy == 1.0
     path, headers, body = server.asked[0]
     assert path == "/v1/chat/completions" and "Authorization" not in headers
     assert body["model"] == "a-model" and body["temperature"] == 0
     lines = [json.loads(line) for line in body["messages"][1]["content"].splitlines()]
     assert len(lines) == 12 and lines[0] == {"text": "0<<=>>x", "strength": 10}
     assert lines[-1]["strength"] < 7  # 100 down to 41
-    assert len(server.asked) == 17
-    assert all("<<" not in body["messages"][1]["content"] for _, _, body in server.asked[1:9])
+    assert len(server.asked) == 9
+    assert all("<<" not in body["messages"][1]["content"] for _, _, body in server.asked[1:])
 
 
 def test_judges_that_do_not_know(server):
-    server.judging(lambda text: True, lambda text: "<<" in text)  # both always yes
+    server.judging(lambda text: True)
     found = explain(feature(), Chat(server.url, "a-model"))
-    assert found.detection == found.fuzzing == Score(20, 0, 0, 20, 0)
-    assert found.detection.balanced_accuracy == 0.5
+    assert found.detection == Score(20, 0, 0, 20, 0) and found.detection.balanced_accuracy == 0.5
 
 
 def test_a_judge_that_is_partly_right(server):
-    server.judging(lambda text: ("=" in text and int(text[0]) % 2 == 0) or text == "silence 3", lambda text: False)
+    server.judging(lambda text: ("=" in text and int(text[0]) % 2 == 0) or text == "silence 3")
     found = explain(feature(), Chat(server.url, "a-model"), seed=3)
-    judged = deal(feature(), seed=3).fires
-    even = sum(int(str(e.text)[0]) % 2 == 0 for e in judged)
+    fires = deal(feature(), np.random.default_rng(3)).fires
+    even = sum(int(str(e.text)[0]) % 2 == 0 for e in fires)
     assert 0 < even < 20
     assert found.detection == Score(even, 20 - even, 19, 1, 0)
     assert found.detection.balanced_accuracy == pytest.approx((even / 20 + 19 / 20) / 2)
-    assert found.fuzzing == Score(0, 20, 20, 0, 0)
-
-
-def test_controls_have_as_many_marks(server):
-    seen = []
-    server.judging(lambda text: True, lambda text: seen.append(text) or True)
-    explain(feature(), Chat(server.url, "a-model"))
-    silent = [text for text in seen if "=" not in text]
-    assert len(silent) == 20 and all(re.sub("<<|>>", "", text).startswith("silence ") for text in silent)
-    assert [len("".join(re.findall("<<(.*?)>>", text))) for text in silent] == [1] * 20
-    assert len({text.index("<<") for text in silent}) > 3  # not always the same place
 
 
 def test_the_seed_decides_everything(server):
-    server.judging(lambda text: True, lambda text: True)
+    server.judging(lambda text: True)
     runs = []
     for seed in (0, 0, 1):
         server.asked.clear()
         explain(feature(), Chat(server.url, "m"), seed)
         runs.append([body for _, _, body in server.asked])
     assert runs[0] == runs[1] != runs[2]
+    texts = [text for body in runs[0][1:] for text in json.loads(body["messages"][1]["content"])["texts"].values()]
+    assert texts[:20] != sorted(texts, key=lambda text: "=" not in text)[:20]  # shuffled
 
 
 def test_keys(server, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-1")
-    Chat(server.url + "/", "m").ask([])
-    Chat(server.url + "/chat/completions", "m", key="sk-2").ask([])
+    Chat(server.url + "/", "m").ask("", "")
+    Chat(server.url + "/chat/completions", "m").ask("", "")
     assert [(path, headers["Authorization"]) for path, headers, _ in server.asked] == [
-        ("/v1/chat/completions", "Bearer sk-1"),
-        ("/v1/chat/completions", "Bearer sk-2"),
-    ]
+        ("/v1/chat/completions", "Bearer sk-1")
+    ] * 2
 
 
-def test_patience(server, waits):
+def test_thoughts_are_no_answer(server):
+    server.reply = lambda messages: "<think>[1, 1, 1]</think>[0, 0, 0]"
+    assert Chat(server.url, "m").ask("", "") == "[0, 0, 0]"
+
+
+def test_a_busy_endpoint_is_asked_again(server, waits):
     answers = [(429, {"Retry-After": "3"}, {}), (500, {}, {}), "fine"]
     server.reply = lambda messages: answers.pop(0)
-    assert Chat(server.url, "m").ask([]) == "fine"
+    assert Chat(server.url, "m").ask("", "") == "fine"
     assert waits == [3.0, 2.0]
+    server.asked.clear()
     server.reply = lambda messages: (503, {}, {})
-    with pytest.raises(ServiceError, match=r"Asking m at .* failed 5 times, last with status 503"):
-        Chat(server.url, "m").ask([])
+    with pytest.raises(ServiceError, match=r"Asking m at .* failed \(status 503\)"):
+        Chat(server.url, "m").ask("", "")
+    assert len(server.asked) == 5
 
 
 @pytest.mark.parametrize(
     ("answer", "says"),
     [
-        ((401, {}, {}), "set OPENAI_API_KEY"),
+        ((401, {}, {}), "OPENAI_API_KEY"),
         ((404, {}, {"error": "no model m"}), r"status 404 .*no model m"),
         ((400, {}, b"x" * 5000), "status 400"),
         ((200, {}, b"<html>"), "not of OpenAI's form"),
@@ -361,7 +347,7 @@ def test_patience(server, waits):
 def test_refusals_are_one_sentence(server, waits, answer, says):
     server.reply = lambda messages: answer
     with pytest.raises(ServiceError, match=says) as caught:
-        Chat(server.url, "m").ask([])
+        Chat(server.url, "m").ask("", "")
     assert len(str(caught.value)) < 500 and waits == [] and len(server.asked) == 1
 
 
@@ -369,9 +355,11 @@ def test_an_endpoint_that_is_not_there(server, waits):
     server.server.shutdown()
     server.server.server_close()
     with pytest.raises(ServiceError, match="ConnectError"):
-        Chat(server.url, "m").ask([])
-    with pytest.raises(ConfigError, match="is not an endpoint"):
-        Chat("localhost:8000", "m")
+        Chat(server.url, "m").ask("", "")
+    assert waits == [1, 2, 4, 8]
+    for url in ("localhost:8000", "http://", "http://host:port/v1"):
+        with pytest.raises(ConfigError, match="is not an endpoint"):
+            Chat(url, "m")
 
 
 def test_no_explanation_is_an_error(server):
@@ -381,133 +369,58 @@ def test_no_explanation_is_an_error(server):
             explain(feature(), Chat(server.url, "m"))
 
 
-# Delphi: a stand-in with the real package's names and signatures, as read in its source.
+# Delphi's cache, read back as its ``TensorBuffer.load`` does (delphi/latents/loader.py of eai-delphi 0.1.1).
 
 
-@pytest.fixture
-def delphi(monkeypatch):
-    @dataclass
-    class Latent:
-        module_name: str
-        latent_index: int
-
-    @dataclass
-    class ActivatingExample:
-        tokens: Any
-        activations: Any
-        normalized_activations: Any = None
-        str_tokens: list | None = None
-        quantile: int = 0
-
-    @dataclass
-    class NonActivatingExample:
-        tokens: Any
-        activations: Any
-        str_tokens: list
-        distance: float = 0.0
-
-    @dataclass
-    class LatentRecord:
-        latent: Latent
-        examples: list = field(default_factory=list)
-        not_active: list = field(default_factory=list)
-        train: list = field(default_factory=list)
-        test: list = field(default_factory=list)
-        explanation: str = ""
-
-    class OpenRouter:
-        def __init__(self, model, api_key=None, base_url="", max_tokens=3000, temperature=1.0):
-            assert api_key and base_url.endswith("/v1/chat/completions")
-            self.model, self.temperature, self.fails = model, temperature, model == "broken"
-
-        async def generate(self, prompt, max_retries=1, **kwargs):
-            await asyncio.sleep(0)
-            if self.fails:
-                raise RuntimeError("Failed to generate text after multiple attempts.")
-            return types.SimpleNamespace(text=prompt)
-
-    @dataclass
-    class DefaultExplainer:
-        client: Any
-        verbose: bool = False
-        threshold: float = 0.3
-        temperature: float = 0.0
-        generation_kwargs: dict = field(default_factory=dict)
-        activations: bool = True
-        cot: bool = False
-
-        async def __call__(self, record):
-            for e in record.train:
-                assert len(e.tokens) == len(e.activations) == len(e.str_tokens) == len(e.normalized_activations)
-                assert e.normalized_activations.min() >= 0 and e.normalized_activations.max() <= 10
-            answer = await self.client.generate([{"role": "user", "content": "?"}], temperature=self.temperature)
-            text = "equals signs" if self.client.model != "mute" else "Explanation could not be parsed."
-            assert answer.text
-            return types.SimpleNamespace(record=record, explanation=text)
-
-    class Scorer:
-        def __init__(self, client, verbose=False, n_examples_shown=1, log_prob=False, temperature=0.0, **kwargs):
-            assert n_examples_shown == 1 and not verbose and not log_prob
-            self.client = client
-
-        async def __call__(self, record):
-            assert record.explanation == "equals signs" and record.latent.latent_index == 7
-            outputs = []
-            for e in [*record.not_active, *record.test]:
-                activating = isinstance(e, ActivatingExample)
-                prediction = None if e is record.test[0] else self.predict("".join(e.str_tokens))
-                outputs.append(types.SimpleNamespace(activating=activating, prediction=prediction))
-            return types.SimpleNamespace(record=record, score=outputs)
-
-    class DetectionScorer(Scorer):
-        def predict(self, text):
-            return "=" in text
-
-    class FuzzingScorer(Scorer):
-        def __init__(self, client, verbose=False, n_examples_shown=1, threshold=0.3, log_prob=False, **kwargs):
-            super().__init__(client, verbose, n_examples_shown, log_prob, **kwargs)
-
-        def predict(self, text):
-            return 1
-
-    parts = {
-        "delphi": {},
-        "delphi.clients": {"OpenRouter": OpenRouter},
-        "delphi.explainers": {"DefaultExplainer": DefaultExplainer},
-        "delphi.scorers": {"DetectionScorer": DetectionScorer, "FuzzingScorer": FuzzingScorer},
-        "delphi.latents": {},
-        "delphi.latents.latents": {
-            each.__name__: each for each in (Latent, ActivatingExample, NonActivatingExample, LatentRecord)
-        },
-    }
-    for name, members in parts.items():
-        made = types.ModuleType(name)
-        vars(made).update(members)
-        monkeypatch.setitem(sys.modules, name, made)
+def cached(file: Path):
+    """Each latent's activations as ``[rows, context]``, and the tokens."""
+    arrays, first = load_file(file), int(file.stem.split("_")[0])
+    assert arrays["locations"].dtype == np.int64 and arrays["tokens"].dtype == np.int64
+    found = {}
+    for (row, column, latent), activation in zip(arrays["locations"], arrays["activations"], strict=True):
+        dense = found.setdefault(int(latent) + first, np.zeros(arrays["tokens"].shape, np.float32))
+        assert dense[row, column] == 0
+        dense[row, column] = activation
+    return found, arrays["tokens"]
 
 
-def test_delphi(delphi, server):
-    found = explain_with_delphi(feature(), Chat(server.url, "a-model"))
-    assert (found.explanation, found.engine) == ("equals signs", "delphi")
-    assert found.detection == Score(19, 0, 20, 0, 1)
-    assert found.fuzzing == Score(19, 0, 0, 20, 1)
-    with pytest.raises(ServiceError, match=r"Delphi could not explain feature_7 .* multiple attempts"):
-        explain_with_delphi(feature(), Chat(server.url, "broken"))
-    with pytest.raises(ServiceError, match="no explanation of feature_7"):
-        explain_with_delphi(feature(), Chat(server.url, "mute"))
+def test_delphi_reads_the_activations_that_we_read(tmp_path):
+    model, tokenizer = load_model(pocket.MODEL_ID)
+    ids, corpus = [1905, 12, 40], [*pocket_corpus(8), " ".join(f"{i} + {i} = {2 * i}." for i in range(50))]
+    readout = load_sae("pocket-res-canonical", "layer_2/width_2k/canonical").features(ids)
+    file = export_for_delphi(model, tokenizer, readout, ids, corpus, tmp_path)
+    assert file == tmp_path / "blocks.2.hook_resid_post" / "12_1905.safetensors"
+    config = json.loads((file.parent / "config.json").read_text())
+    assert config["ctx_len"] == 256 and config["model_name"] == tokenizer.name_or_path
+
+    activations, tokens = cached(file)
+    assert tokens.shape[1] == 256 and tokens.shape[0] > 2
+    text = tokenizer.decode(tokens.ravel())
+    assert text.startswith(f"<bos>{corpus[0].prompt}{corpus[0].completion}<eos><bos>{corpus[1].prompt}")
+    for index, examples in zip(ids, collect(model, tokenizer, readout, corpus), strict=True):
+        dense = activations.get(index, np.zeros(tokens.shape, np.float32)).ravel()
+        assert np.count_nonzero(dense) == examples.fired and dense.max() == examples.maximum
+        for each in examples.top:  # each window is found again, token by token
+            width = len(each.token_ids)
+            windows = np.lib.stride_tricks.sliding_window_view(tokens.ravel(), width)
+            (at, *_) = np.flatnonzero((windows == each.token_ids).all(axis=1))
+            assert np.array_equal(dense[at : at + width], each.activations)
+    assert activations[1905].any()
 
 
-def test_without_delphi(server, monkeypatch):
-    monkeypatch.setitem(sys.modules, "delphi", None)
-    with pytest.raises(ConfigError, match="pip install eai-delphi"):
-        explain_with_delphi(feature(), Chat(server.url, "m"))
+def test_latents_that_never_fire_are_not_exported(tmp_path):
+    model, tokenizer = load_model(pocket.MODEL_ID)
+    readout = load_sae("pocket-res-canonical", "layer_2/width_2k/canonical").features([1905])
+    with pytest.raises(DataError, match="None of the latents fires"):
+        export_for_delphi(model, tokenizer, readout, [1905], ["a"], tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 # The command line, on pocket: feature 1905 fires on the full stop after a step.
 
 
 def test_explain_on_the_command_line(server):
-    server.judging(lambda text: "=" in text, lambda text: "<<.>>" in text, "[bold]full stops[/bold]")
+    server.judging(lambda text: "=" in text, "[bold]full stops[/bold]")
     arguments = ["features", "explain", "pocket/reasoning_pack", "--feature", "1905", "--texts", "60"]
     arguments += ["--endpoint", server.url, "--model-name", "judge"]
     result = CliRunner().invoke(app, arguments)
@@ -516,16 +429,23 @@ def test_explain_on_the_command_line(server):
     result = CliRunner().invoke(app, [*arguments, "--json"])
     (found,) = json.loads(result.stdout)
     assert found["index"] == 1905 and found["model"] == "judge"
-    fires = found["fuzzing"]["hits"] + found["fuzzing"]["misses"]
-    assert fires >= 10 and found["fuzzing"]["hits"] >= 0.8 * fires and found["fuzzing"]["unparsed"] == 0
-    assert found["detection"]["hits"] == fires  # each of these texts has a step
+    detection = found["detection"]
+    assert detection["hits"] >= 10 and detection["misses"] == detection["unparsed"] == 0  # each of them has a step
+    assert 0 <= detection["balanced_accuracy"] <= 1
+
+
+def test_export_on_the_command_line(tmp_path):
+    arguments = ["features", "export", "pocket/reasoning_pack", "--texts", "20", "--out", str(tmp_path / "delphi")]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    (file,) = tmp_path.rglob("*.safetensors")
+    assert str(file) in result.stdout and "LatentDataset" in result.stdout and 1905 in cached(file)[0]
 
 
 @pytest.mark.parametrize(
     ("more", "says"),
     [
         (["--endpoint", "nowhere"], "is not an endpoint"),
-        (["--endpoint", "http://127.0.0.1:9/v1", "--engine", "oracle"], "choose builtin or delphi"),
         (["--endpoint", "http://127.0.0.1:9/v1", "--texts", "3"], "give a larger corpus"),
     ],
 )

@@ -11,7 +11,7 @@ from scipy.stats import t as student
 import mechreward as mr
 from mechreward.errors import CandidateWarning, PackError
 from mechreward.features.catalog import load_pack, shipped_packs
-from mechreward.sae.supported import SUPPORTED, releases, sae_ids
+from supported_models import SUPPORTED, releases, sae_ids
 from test_sae_formats import LATENTS, WIDTH, snapshot, topk_checkpoint  # noqa: F401 (a fixture)
 
 PUBLISHED = [name for name in shipped_packs() if not name.startswith("pocket/")]

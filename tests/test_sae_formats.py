@@ -25,7 +25,7 @@ from conftest import LATENTS, WIDTH, assert_readings
 from mechreward.errors import MechRewardError, SAEError
 from mechreward.readout import HookPoint, Nonlinearity
 from mechreward.sae import readers, registry
-from mechreward.sae.supported import SUPPORTED
+from supported_models import SUPPORTED
 from test_sae import Bomb, encode, one_sentence, vectors
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn]

@@ -25,7 +25,7 @@ from mechreward.features.pack import read_pack
 from mechreward.pocket.questions import questions
 from mechreward.readout import HookPoint, Nonlinearity
 from mechreward.sae.handle import EncoderColumns, SAEHandle
-from mechreward.sae.training import (
+from sae_training import (
     Pieces,
     ResidualStream,
     read_documents,

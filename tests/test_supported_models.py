@@ -3,7 +3,6 @@
 import fnmatch
 import hashlib
 import http.server
-import importlib.util
 import os
 import re
 import socket
@@ -17,9 +16,10 @@ from pathlib import Path
 import pytest
 
 import mechreward as mr
+import supported_models
 from mechreward.errors import SAEError
 from mechreward.sae import registry
-from mechreward.sae.supported import SUPPORTED, releases, sae_ids
+from supported_models import SUPPORTED, releases, sae_ids
 
 ROOT = Path(__file__).parent.parent
 FIRST_FILES = {  # by format: what is fetched first, from the folder (or the file) that the registry names
@@ -55,15 +55,12 @@ def asked(monkeypatch):
 
 
 def test_the_readme_has_the_table_that_the_code_makes():
-    script = importlib.util.spec_from_file_location("supported_models", ROOT / "scripts/supported_models.py")
-    module = importlib.util.module_from_spec(script)
-    script.loader.exec_module(module)
     readme = (ROOT / "README.md").read_text()
     if f"SAELens {version('sae-lens')}:" not in readme:
         pytest.skip(f"the README's table was made with another SAELens than {version('sae-lens')}")
-    assert module.updated(readme) == readme, "run python scripts/supported_models.py"
-    assert "no published weights could be fetched" in " ".join(module.table().split())
-    assert module.updated(readme.replace("| Llama-3.1-8B |", "| Llama-4 |")) == readme
+    assert supported_models.updated(readme) == readme, "run python scripts/supported_models.py"
+    assert "no published weights could be fetched" in " ".join(supported_models.table().split())
+    assert supported_models.updated(readme.replace("| Llama-3.1-8B |", "| Llama-4 |")) == readme
 
 
 @pytest.mark.parametrize("row", [row for row in SUPPORTED if row.releases], ids=lambda row: row.format[:30])

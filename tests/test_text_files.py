@@ -15,9 +15,9 @@ from mechreward.features.pack import read_pack
 from mechreward.files import read_jsonl
 from mechreward.report.runs import _json, _yaml
 from mechreward.rollout.labelled import holds_rollouts, read_lines
-from mechreward.sae.training import read_documents
 from mechreward.train.config import QuestionSource, read_config
 from mechreward.train.data import _from_datasets
+from sae_training import read_documents
 from sarm.preferences import read_preferences
 
 ROOT = Path(__file__).parent.parent

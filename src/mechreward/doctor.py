@@ -1,82 +1,49 @@
-"""Whether this machine can run what is asked of it: versions, extras, memory, the hub, the sandbox."""
+"""Check whether this machine can run what is asked of it: versions, extras, GPU, sandbox, memory."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import os
-import platform
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+import torch
 from packaging.requirements import Requirement
 
-import mechreward
-from mechreward.errors import MechRewardError, ModelMismatchError
+from mechreward.errors import MechRewardError
 
-State = Literal["ok", "warning", "problem"]
-
-SUMMARY = "Mechanistic-interpretability rewards for GRPO: SAE features and probes on the residual stream."
-"""What the metadata of this project say, and those of its namesake on the package index do not."""
-
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-ENGINES = ("verl", "openrlhf")  # their extras bring our side alone
 LORA_RANK = 16
 FEATURES = 20
 GIB = 2**30
-TIMEOUT = 5  # seconds that the hub may take
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was looked at.
+class Finding(NamedTuple):
+    """The result of one check.
 
     Attributes:
-        area: What.
+        area: What was checked.
         state: ``"problem"`` where something will not work, ``"warning"`` where something may not.
         says: What was found.
         do: What to do about it; empty where nothing needs to be done.
     """
 
     area: str
-    state: State
+    state: Literal["ok", "warning", "problem"]
     says: str
     do: str = ""
 
 
-@dataclass(frozen=True)
-class Needs:
-    """Bytes that a model, an SAE and an optimiser take.
-
-    Attributes:
-        weights: The model's, in the chosen dtype.
-        lora: A trained adapter: float32 weights, gradients, and Adam's two moments.
-        full: All weights trained: gradients and Adam's two moments in the same dtype, and the frozen reference that a
-            KL penalty needs.
-        encoder: What of the SAE is kept: K columns, or the whole dictionary of a TopK.
-    """
-
-    weights: int
-    lora: int
-    full: int
-    encoder: int
-
-
-def examine(model: str | None = None, sae: str | None = None, dtype: str = "float32") -> Iterator[Finding]:
-    """Look at everything, one finding at a time.
+def examine(model: str | None = None, sae: str | None = None, dtype: torch.dtype = torch.float32) -> Iterator[Finding]:
+    """Run all checks, one finding at a time.
 
     Args:
         model: A folder, an id of the hub, or ``mechreward/pocket``: whether it fits into memory.
-        sae: ``release/sae_id``, likewise, and whether it fits the model.
-        dtype: In which the model's weights are kept, a key of :data:`BYTES`.
+        sae: ``release/sae_id``: whether it fits the model, and into memory beside it.
+        dtype: The type of the model's weights.
     """
-    yield project()
-    yield from requirements()
-    yield torch_build()
-    yield hub()
-    yield cache()
+    yield from packages()
+    yield gpu()
     yield sandbox()
     if model is not None:
         yield from fitting(model, sae, dtype)
@@ -85,145 +52,70 @@ def examine(model: str | None = None, sae: str | None = None, dtype: str = "floa
 # -- packages ---------------------------------------------------------------------------------------------------------
 
 
-def project() -> Finding:
-    """Whether what is installed under this name is this project."""
-    try:
-        metadata = importlib.metadata.metadata("mechreward")
-    except importlib.metadata.PackageNotFoundError:
-        return Finding("mechreward", "warning", "is imported, but not installed.", "Run pip install . in its checkout.")
-    if metadata["Summary"] != SUMMARY or metadata["Version"] != mechreward.__version__:
-        return Finding(
-            "mechreward",
-            "problem",
-            f"{metadata['Version']} is installed, and it is not this one ({mechreward.__version__}): the package index "
-            "has another project of this name.",
-            "Run pip uninstall mechreward, then pip install . in this project's checkout.",
-        )
-    return Finding("mechreward", "ok", f"{metadata['Version']}, Python {platform.python_version()}")
-
-
-def requirements() -> Iterator[Finding]:
-    """The packages that are always needed, one by one where wrong; and each extra."""
+def packages() -> Iterator[Finding]:
+    """Compare what is installed with what mechreward needs, and with what each of its extras needs."""
     try:
         asked = [Requirement(line) for line in importlib.metadata.requires("mechreward") or []]
-        extras = importlib.metadata.metadata("mechreward").get_all("Provides-Extra") or []
     except importlib.metadata.PackageNotFoundError:
+        yield Finding("packages", "warning", "mechreward is not installed.", "Run pip install . in its checkout.")
         return
-    always = [need for need in asked if need.marker is None or need.marker.evaluate({"extra": ""})]
-    wrong = [said for need in always if (said := lacking(need))]
-    for said in wrong:
-        yield Finding("packages", "problem", said, "Run pip install . in the checkout of mechreward.")
-    if not wrong:
-        versions = [f"{need.name} {importlib.metadata.version(need.name)}" for need in always]
-        yield Finding("packages", "ok", ", ".join(versions))
-    for extra in extras:
-        if extra not in ("all", "dev", "docs"):
-            yield of_extra(extra, asked)
+    extras = importlib.metadata.metadata("mechreward").get_all("Provides-Extra") or []
+    yield from (of_extra(extra, asked) for extra in ["", *extras] if extra not in ("all", "dev", "docs"))
 
 
 def of_extra(extra: str, asked: list[Requirement]) -> Finding:
-    """Whether an extra is there; a package of it in a version that does not fit is a problem, a missing one is not."""
-    needs = list(needs_of(extra, asked))
-    missing = [need.name for need in needs if not _installed(need.name)]
-    wrong = [said for need in needs if need.name not in missing and (said := lacking(need))]
-    install = f"Run pip install '.[{extra}]' in the checkout of mechreward."
-    if wrong:
-        return Finding(f"extra {extra}", "problem", " ".join(wrong), install)
+    """Compare what is installed with an extra, or with what is always needed, which is the extra ``""``.
+
+    A version that does not fit is a problem; an extra that is not installed is not.
+    """
+    area, install = (f"extra {extra}", f"'.[{extra}]'") if extra else ("packages", ".")
+    install = f"Run pip install {install} in the checkout of mechreward."
+    versions = {need: _version(need.name) for need in needs_of(extra, asked)}
+    missing = [need.name for need, version in versions.items() if not version]
+    wrong = [need for need, v in versions.items() if v and not need.specifier.contains(v, prereleases=True)]
+    if wrong or (missing and not extra):
+        says = [f"{need.name} is {versions[need]}, and {need.name}{need.specifier} is needed." for need in wrong]
+        return Finding(area, "problem", " ".join([*says, *(f"{name} is not installed." for name in missing)]), install)
     if missing:
-        return Finding(f"extra {extra}", "ok", f"not installed (lacks {', '.join(missing)})", f"If wanted: {install}")
-    says = ", ".join(f"{need.name} {importlib.metadata.version(need.name)}" for need in needs)
-    if extra in ENGINES and not _installed(extra):
-        return Finding(f"extra {extra}", "ok", says, f"{extra} itself is not installed: recipes/{extra} says how.")
-    return Finding(f"extra {extra}", "ok", says)
+        return Finding(area, "ok", f"not installed (lacks {', '.join(missing)})", f"If wanted: {install}")
+    return Finding(area, "ok", ", ".join(f"{need.name} {version}" for need, version in versions.items()))
 
 
 def needs_of(extra: str, asked: list[Requirement]) -> Iterator[Requirement]:
-    """An extra's packages, those of extras that it names included."""
+    """Yield an extra's packages, those of the extras that it names included."""
     for need in asked:
-        if need.marker is None or need.marker.evaluate({"extra": ""}) or not need.marker.evaluate({"extra": extra}):
-            continue
-        if need.name == "mechreward":
-            for other in sorted(need.extras):
-                yield from needs_of(other, asked)
-        else:
-            yield need
+        if need.marker.evaluate({"extra": extra}) if need.marker else not extra:
+            if need.name == "mechreward":
+                for other in sorted(need.extras):
+                    yield from needs_of(other, asked)
+            else:
+                yield need
 
 
-def lacking(need: Requirement) -> str:
-    """What is wrong with an installed package, in a sentence, or nothing."""
-    if not _installed(need.name):
-        return f"{need.name} is not installed ({need.name}{need.specifier} is needed)."
-    version = importlib.metadata.version(need.name)
-    if need.specifier.contains(version, prereleases=True):
-        return ""
-    return f"{need.name} is {version}, and {need.name}{need.specifier} is needed."
-
-
-def _installed(name: str) -> bool:
+def _version(name: str) -> str | None:
     try:
-        return bool(importlib.metadata.version(name))
+        return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-        return False
+        return None
 
 
 # -- the machine ------------------------------------------------------------------------------------------------------
 
 
-def torch_build() -> Finding:
-    """Whether PyTorch's build fits the machine."""
-    import torch
-
-    version = torch.__version__
+def gpu() -> Finding:
+    """Check whether PyTorch's build can use the machine's GPUs."""
+    version, bf16 = torch.__version__, "TRL's default, bfloat16, does not work here: give its configuration bf16=False."
     if torch.cuda.is_available():
-        cards = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-        named = ", ".join(f"{card.name} ({card.total_memory / GIB:.0f} GiB)" for card in cards)
-        bf16 = "" if torch.cuda.is_bf16_supported() else " Without bfloat16: give TRL's configuration bf16=False."
-        return Finding("torch", "warning" if bf16 else "ok", f"{version} on {named}.{bf16}")
+        says = f"{version} on {torch.cuda.device_count()} x {torch.cuda.get_device_name()}."
+        return Finding("torch", "ok", says, "" if torch.cuda.is_bf16_supported() else bf16)
     if shutil.which("nvidia-smi"):
-        why = "is a build without CUDA" if torch.version.cuda is None else "finds no GPU that it can use"
-        return Finding(
-            "torch",
-            "problem",
-            f"{version} {why}, but this machine has NVIDIA's driver.",
-            "Install the build of PyTorch for your driver's CUDA version, before mechreward.",
-        )
-    return Finding(
-        "torch",
-        "ok",
-        f"{version} on the CPU.",
-        "TRL's default, bfloat16, needs a GPU: give its configuration bf16=False.",
-    )
-
-
-def hub() -> Finding:
-    """Whether the Hugging Face hub can be reached; being offline is no problem for what is on this machine."""
-    from huggingface_hub import constants, get_session, get_token
-
-    offline = "Models, SAEs and data then come from folders; pocket needs none of it."
-    if constants.HF_HUB_OFFLINE:
-        return Finding("hub", "warning", "HF_HUB_OFFLINE is set, so nothing is fetched.", offline)
-    try:
-        get_session().head(constants.ENDPOINT, timeout=TIMEOUT)
-    except Exception as error:  # of whichever client it uses
-        return Finding("hub", "warning", f"The hub cannot be reached ({type(error).__name__}).", offline)
-    if get_token() is None:
-        return Finding("hub", "ok", "reached, without a token.", "Gated models (Gemma, Llama) need one: hf auth login.")
-    return Finding("hub", "ok", "reached, with a token.")
-
-
-def cache() -> Finding:
-    """Whether what is fetched can be kept."""
-    from huggingface_hub import constants
-
-    folder = Path(constants.HF_HUB_CACHE)
-    there = next(each for each in (folder, *folder.parents) if each.exists())
-    if not os.access(there, os.W_OK):
-        return Finding("cache", "problem", f"{folder} cannot be written.", "Set HF_HOME to a folder that can.")
-    return Finding("cache", "ok", f"{shutil.disk_usage(there).free / GIB:.0f} GiB free for {folder}")
+        says = f"{version} cannot use a GPU, but this machine has NVIDIA's driver."
+        return Finding("torch", "problem", says, "Install the build of PyTorch for your driver's CUDA version.")
+    return Finding("torch", "ok", f"{version} on the CPU.", bf16)
 
 
 def sandbox() -> Finding:
-    """Whether verifiers that run code can."""
+    """Check whether verifiers that run code can."""
     from mechreward.verifiers.sandbox import engine
 
     try:
@@ -235,31 +127,24 @@ def sandbox() -> Finding:
 # -- what fits --------------------------------------------------------------------------------------------------------
 
 
-def fitting(model: str, sae: str | None, dtype: str) -> Iterator[Finding]:
-    """Whether the model, and an SAE beside it, can be had, belong together, and fit into memory."""
+def fitting(model: str, sae: str | None, dtype: torch.dtype) -> Iterator[Finding]:
+    """Check whether the model can be read, an SAE belongs to it, and both fit into memory."""
+    area, encoder = "model", 0
     try:
         skeleton = on_meta(model)
-    except Exception as error:  # of transformers, huggingface_hub or the file system
-        said = " ".join(str(error).split())[:200]
-        yield Finding("model", "problem", f"{model} cannot be read: {said}", "Give a folder, or an id of the hub.")
-        return
-    encoder = 0
-    if sae is not None:
-        try:
-            encoder, says = _encoder_bytes(skeleton, sae)
-        except ModelMismatchError as error:
-            yield Finding("sae", "problem", str(error))
-            return
-        except MechRewardError as error:
-            yield Finding("sae", "warning", str(error))
-        else:
+        if sae is not None:
+            area = "sae"
+            encoder, says = encoder_bytes(skeleton, sae)
             yield Finding("sae", "ok", says)
-    yield memory(needed(skeleton, BYTES[dtype], encoder), dtype)
+    except Exception as error:  # ours, or of transformers, huggingface_hub or the file system
+        message = " ".join(str(error).split())[:300]
+        yield Finding(area, "problem", message, f"Give {area}s as a folder, or as the hub names them.")
+    else:
+        yield memory(*needed(skeleton, dtype.itemsize), encoder, dtype)
 
 
 def on_meta(model: str) -> Any:
-    """The model without weights, from its configuration alone."""
-    import torch
+    """Return the model without weights, from its configuration alone."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from mechreward import pocket
@@ -269,62 +154,55 @@ def on_meta(model: str) -> Any:
         return AutoModelForCausalLM.from_config(config)
 
 
-def needed(model: Any, size: int, encoder: int) -> Needs:
-    """The arithmetic, for a model of P parameters of ``size`` bytes each.
+def encoder_bytes(skeleton: Any, sae: str) -> tuple[int, str]:
+    """Return the bytes that a reward keeps of an SAE, and the arithmetic in words.
 
-    weights = P size; LoRA of rank r on every linear layer but the head: r (in + out) parameters, of which float32
-    weights, gradients and Adam's two moments are kept: 16 bytes each; full = P size (gradients) + 2 P size (moments)
-    + P size (the reference).
+    Raises:
+        ModelMismatchError: It was made for another model.
+        SAEError: It cannot be read.
     """
-    import torch
-
-    parameters = sum(p.numel() for p in model.parameters())  # tied weights once
-    head = model.get_output_embeddings()
-    linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
-    adapter = sum(LORA_RANK * (layer.in_features + layer.out_features) for layer in linear)
-    return Needs(parameters * size, adapter * 16, 4 * parameters * size, encoder)
-
-
-def _encoder_bytes(skeleton: Any, sae: str) -> tuple[int, str]:
-    """Bytes of what a reward keeps of an SAE, with the arithmetic in words."""
     from mechreward.rollout.capture import check_fits
     from mechreward.sae.registry import load_sae, reference
 
     handle = load_sae(*reference(sae))
     check_fits([handle.features([0])], skeleton)
-    whole = handle.kind in ("topk", "groupmax")
-    columns = handle.d_sae if whole else FEATURES
+    columns = handle.d_sae if handle.kind in ("topk", "groupmax") else FEATURES  # these compare all latents
     size = columns * (handle.d_model + 1) * 4
-    kept = f"all {columns:,} columns, which {handle.kind} needs" if whole else f"{columns} of {handle.d_sae:,} columns"
-    said = f"{handle.name} fits. Kept: {kept}, x ({handle.d_model:,} + 1) x 4 bytes = {_human(size)}"
-    return size, f"{said}."
+    kept = f"{columns:,} of {handle.d_sae:,} columns x ({handle.d_model:,} + 1) x 4 bytes = {_human(size)}"
+    return size, f"{handle.name} ({handle.kind}) fits. Kept: {kept}."
 
 
-def memory(needs: Needs, dtype: str) -> Finding:
-    """Whether that fits. Activations, logits and the cache of a generation come on top, by batch and length."""
-    import torch
+def needed(model: Any, size: int) -> tuple[int, int, int]:
+    """Return the bytes of a model of P parameters of ``size`` bytes each, and what training adds.
 
+    Returns:
+        The weights, P size; a LoRA of rank r on every linear layer but the head, r (in + out) parameters each, of which
+        float32 weights, gradients and Adam's two moments are kept, 16 bytes; or gradients, moments and the reference
+        that a KL penalty needs, for all weights, 4 P size.
+    """
+    weights = size * sum(p.numel() for p in model.parameters())  # tied weights once
+    head = model.get_output_embeddings()
+    linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
+    adapter = sum(LORA_RANK * (layer.in_features + layer.out_features) for layer in linear)
+    return weights, 16 * adapter, 4 * weights
+
+
+def memory(weights: int, lora: int, full: int, encoder: int, dtype: torch.dtype) -> Finding:
+    """Compare what training needs with the memory of the GPU, or of the machine where there is none."""
+    there, where = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "this machine"
     if torch.cuda.is_available():
-        there, what = torch.cuda.get_device_properties(0).total_memory, "the GPU"
-    else:
-        there, what = _ram(), "this machine"
-    lora = needs.weights + needs.lora + needs.encoder
-    full = needs.weights + needs.full + needs.encoder
+        there, where = torch.cuda.get_device_properties(0).total_memory, "the GPU"
+    smallest, largest = weights + encoder + lora, weights + encoder + full
     says = (
-        f"Weights {_human(needs.weights)} ({dtype}), SAE {_human(needs.encoder)}. Training LoRA of rank {LORA_RANK}: + "
-        f"{_human(needs.lora)} (16 bytes a parameter) = {_human(lora)}; all weights: + {_human(needs.full)} "
-        f"(gradients, Adam, reference) = {_human(full)}; of {_human(there)} that {what} has. Activations and logits "
-        "come on top."
+        f"Weights {_human(weights)} ({dtype}), SAE {_human(encoder)}. Training LoRA of rank {LORA_RANK}: + "
+        f"{_human(lora)} (16 bytes a parameter) = {_human(smallest)}; all weights: + {_human(full)} (gradients, Adam, "
+        f"reference) = {_human(largest)}; of {_human(there)} that {where} has. Activations and logits come on top."
     )
-    if lora > there:
+    if smallest > there:
         return Finding("memory", "problem", says, "Take a smaller model or dtype, or several GPUs (recipes/trl).")
-    if full > there:
+    if largest > there:
         return Finding("memory", "warning", says, "Train a LoRA adapter: peft_config, or lora_rank in an experiment.")
     return Finding("memory", "ok", says)
-
-
-def _ram() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _human(size: int) -> str:

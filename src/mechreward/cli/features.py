@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
@@ -35,7 +35,7 @@ CorpusFile = Annotated[
     ),
 ]
 MaxTexts = Annotated[
-    int | None, typer.Option("--texts", min=1, help="Read so many texts at most. Default: all; of pocket's own, 500.")
+    int | None, typer.Option("--texts", min=1, help="Maximum number of texts. Default: all, or 500 of pocket's own.")
 ]
 
 
@@ -120,26 +120,22 @@ def explain_features(
     model: ModelName = None,
     corpus: CorpusFile = None,
     texts: MaxTexts = None,
-    engine: Annotated[str, typer.Option(help="builtin, or delphi where EleutherAI's Delphi is installed.")] = "builtin",
     seed: Annotated[int, typer.Option(help="Deals out the examples and shuffles what is judged.")] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Let a language model explain latents, and score how well its words tell where they fire.
 
-    The endpoint's key is taken from OPENAI_API_KEY. Scores are balanced accuracies; guessing gives 0.5.
+    The endpoint's key is taken from OPENAI_API_KEY. The score is a balanced accuracy; guessing gives 0.5.
 
     Example: mechreward features explain pocket/reasoning_pack --feature 1905 --endpoint http://localhost:8000/v1
     --model-name Qwen/Qwen3-8B
     """
     from dataclasses import asdict
 
-    from mechreward.errors import ConfigError, DataError
-    from mechreward.features.autointerp import Chat, explain, explain_with_delphi
+    from mechreward.errors import DataError
+    from mechreward.features.autointerp import Chat, explain
     from mechreward.features.show import choose, visible
 
-    engines = {"builtin": explain, "delphi": explain_with_delphi}
-    if engine not in engines:
-        raise ConfigError(f"There is no engine '{engine}': choose builtin or delphi.")
     chat, chosen = Chat(endpoint, model_name), choose(target, sae, feature or [])
     found, read = _examples(chosen, model, corpus, texts, 20, 64)
     if not as_json:
@@ -147,34 +143,83 @@ def explain_features(
     results = []
     for index, each in zip(chosen.ids, found, strict=True):
         try:
-            said = engines[engine](each, chat, seed)
+            result = explain(each, chat, seed)
         except DataError as error:
             if len(found) == 1:
                 raise
             typer.echo(f"Left out: {error}", err=True)
             continue
-        scores = {"detection": said.detection, "fuzzing": said.fuzzing}
-        results.append(
-            {"sae": chosen.sae, "index": index, **asdict(said)}
-            | {name: asdict(score) | {"balanced_accuracy": score.balanced_accuracy} for name, score in scores.items()}
-        )
+        accuracy = {"balanced_accuracy": result.detection.balanced_accuracy}
+        detection = {"detection": asdict(result.detection) | accuracy}
+        results.append({"sae": chosen.sae, "index": index, **asdict(result), **detection})
         if not as_json:
-            lines = [f"\nfeature {index}: {visible(said.explanation)}"]
-            lines += [f"  {name}: {score}" for name, score in scores.items()]
-            console.print("\n".join(lines), soft_wrap=True, markup=False, highlight=False)
+            line = f"\nfeature {index}: {visible(result.explanation)}\n  detection: {result.detection}"
+            console.print(line, soft_wrap=True, markup=False, highlight=False)
     if as_json:
         typer.echo(json.dumps(results, indent=2))
+
+
+@features.command("export")
+def export_features(
+    out: Annotated[Path, typer.Option(help="The folder to write: Delphi's raw_dir.")],
+    target: Target = None,
+    sae: SAEName = None,
+    feature: FeatureIds = None,
+    model: ModelName = None,
+    corpus: CorpusFile = None,
+    texts: MaxTexts = None,
+) -> None:
+    """Write a corpus and the latents' activations as EleutherAI's Delphi reads them, for its explainers and scorers.
+
+    Example: mechreward features export pocket/reasoning_pack --out delphi
+    """
+    from mechreward import progress
+    from mechreward.features.autointerp import export_for_delphi
+    from mechreward.features.show import choose
+
+    chosen = choose(target, sae, feature or [])
+    read = _corpus(chosen, model, corpus, texts)
+    with progress.shown():
+        items = progress.track(read.items, "Reading the corpus", read.count)
+        file = export_for_delphi(read.model, read.tokenizer, chosen.readout, chosen.ids, items, out)
+    made(f"{file}: read it with delphi.latents.LatentDataset(raw_dir={str(out)!r}, ...).")
+
+
+class _Corpus(NamedTuple):
+    """Texts to read, and the model that reads them."""
+
+    model: Any
+    tokenizer: Any
+    items: Any
+    count: int
+    where: str
 
 
 def _examples(
     chosen: Any, model: str | None, corpus: Path | None, texts: int | None, top: int, context: int
 ) -> tuple[list[Any], str]:
-    """Read the corpus for the chosen latents; their examples, and a sentence on what was read."""
+    """Read the corpus for the chosen latents; return their examples, and a sentence on what was read."""
+    from mechreward import progress
+    from mechreward.features.examples import collect
+
+    read = _corpus(chosen, model, corpus, texts)
+    with progress.shown():
+        items = progress.track(read.items, "Reading the corpus", read.count)
+        found = collect(read.model, read.tokenizer, chosen.readout, items, top=top, context=context)
+    return found, f"{found[0].tokens:,} tokens of {found[0].texts:,} texts read by {read.where}"
+
+
+def _corpus(chosen: Any, model: str | None, corpus: Path | None, texts: int | None) -> _Corpus:
+    """Load the model that the options or the latents name, and open the corpus.
+
+    Raises:
+        ConfigError: Neither names a model, or there is no corpus.
+    """
     import itertools
 
-    from mechreward import pocket, progress
+    from mechreward import pocket
     from mechreward.errors import ConfigError
-    from mechreward.features.examples import collect, pocket_corpus, read_corpus
+    from mechreward.features.examples import pocket_corpus, read_corpus
     from mechreward.rollout.sampling import load_model
 
     named = model or chosen.model_name
@@ -191,8 +236,4 @@ def _examples(
         items, where = pocket_corpus(count), "pocket's discovery questions with their solutions"
     else:
         raise ConfigError("Give the texts to read with --corpus.")
-    loaded, tokenizer = load_model(named)
-    with progress.shown():
-        corpus_read = progress.track(items, "Reading the corpus", count)
-        found = collect(loaded, tokenizer, chosen.readout, corpus_read, top=top, context=context)
-    return found, f"{found[0].tokens:,} tokens of {found[0].texts:,} texts read by {named}, from {where}"
+    return _Corpus(*load_model(named), items, count, f"{named}, from {where}")

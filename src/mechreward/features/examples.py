@@ -182,14 +182,11 @@ def collect(
         DataError: There is no token to read in the corpus, or one that the model does not know, or a conversation
             that its chat template does not take.
     """
-    check_fits([readout], model)
-    bank, special = ReadoutBank([readout]), torch.tensor(sorted(set(tokenizer.all_special_ids)), dtype=torch.long)
     latents = [_Latent(top) for _ in readout.labels]
     rng, tokens, texts = np.random.default_rng(seed), 0, 0
-    for numbers, batch in _batches(model, tokenizer, corpus, batch_size, length):
-        readings = read_forward(model, batch, bank, read_last=True)[readout]
-        counted = _counted(batch, readings.mask.cpu(), special).numpy()  # [B, T]
-        values = np.where(counted[..., None], readings.values.cpu().numpy(), np.float32(0))  # [B, T, K]
+    for numbers, batch, counted, values in latent_activations(
+        model, tokenizer, readout, corpus, batch_size=batch_size, length=length
+    ):
         tokens += int(counted.sum())
         for k, latent in enumerate(latents):
             latent.count(values[..., k])
@@ -220,6 +217,23 @@ def collect(
         return tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     return [latent.result(name, decode, tokens, texts) for name, latent in zip(readout.labels, latents, strict=True)]
+
+
+def latent_activations(
+    model: nn.Module, tokenizer: Any, readout: Readout, corpus: Corpus, *, batch_size: int = 32, length: int = 512
+) -> Iterator[tuple[list[int], RolloutBatch, NDArray[np.bool_], NDArray[np.float32]]]:
+    """Read a corpus in batches of B rollouts of at most T completion tokens; :func:`collect` says what is read.
+
+    Yields:
+        The number of each rollout's text; the rollouts; which tokens are counted, ``[B, T]``; the activations of K
+        latents, ``[B, T, K]``, 0 on tokens that are not counted.
+    """
+    check_fits([readout], model)
+    bank, special = ReadoutBank([readout]), torch.tensor(sorted(set(tokenizer.all_special_ids)), dtype=torch.long)
+    for numbers, batch in _batches(model, tokenizer, corpus, batch_size, length):
+        readings = read_forward(model, batch, bank, read_last=True)[readout]
+        counted = _counted(batch, readings.mask.cpu(), special).numpy()
+        yield numbers, batch, counted, np.where(counted[..., None], readings.values.cpu().numpy(), np.float32(0))
 
 
 def _counted(batch: RolloutBatch, mask: torch.Tensor, special: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""RewardClient: asks a reward server, patiently, and fails in one sentence."""
+"""RewardClient: asks a reward server, retries with backoff, and fails in one sentence."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mechreward.integrations.protocol import (
     ScoreRequest,
     WeightsReply,
 )
-from mechreward.retry import BUSY, wait_asked_for
+from mechreward.retry import BUSY, retry_after
 from mechreward.schema import most_telling, sentence
 
 JSON = {"Content-Type": "application/json"}
@@ -166,7 +166,7 @@ class RewardClient:
         said = _detail(answer)
         # 500 says that this request cannot be scored: another attempt would fail as well.
         if answer.status_code in BUSY - {500}:
-            return f"status {answer.status_code}, {said}", wait_asked_for(answer.headers), None
+            return f"status {answer.status_code}, {said}", retry_after(answer.headers), None
         raise ServiceError(f"{self.url}{route} refuses the request (status {answer.status_code}): {said}")
 
 
