@@ -1,4 +1,5 @@
 # `make demo` and `make test` need git, make and Python >= 3.11, and make everything else themselves.
+# Verifiers that run code need bubblewrap (apt-get install bubblewrap): without it their tests are left out, with a warning.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin

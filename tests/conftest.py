@@ -2,6 +2,7 @@
 
 import os
 import sys
+import warnings
 
 if "hub" not in sys.argv:  # pytest -m hub
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -21,6 +22,23 @@ from hypothesis import settings
 settings.register_profile("anywhere", deadline=None)  # a busy machine is no bug
 settings.load_profile("anywhere")
 torch.set_num_threads(1)  # the models are tiny: more threads only wait for each other
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the tests that need a sandbox where there is none, and say so in the summary."""
+    isolated = [item for item in items if item.get_closest_marker("bwrap")]
+    if not isolated:
+        return
+    from mechreward.errors import SandboxError
+    from mechreward.verifiers import sandbox
+
+    try:
+        sandbox.engine()
+    except SandboxError as error:
+        items[:] = [item for item in items if item not in isolated]
+        config.hook.pytest_deselected(items=isolated)
+        warnings.warn(pytest.PytestWarning(f"{len(isolated)} tests are left out. {error}"), stacklevel=1)
+
 
 LAYERS, WIDTH, VOCAB = 4, 32, 97
 COMMON = {

@@ -1,17 +1,21 @@
 """Verifiers that run code: right code passes, wrong code and attacks on the harness do not, and nothing gets out."""
 
+import ctypes
 import gzip
 import http.server
 import json
 import os
+import random
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -23,18 +27,22 @@ from mechreward.verifiers.sandbox import Engine, Limits
 
 HERE = Path(__file__).parent
 TOKEN = uuid.uuid4().hex
-ENGINES = [Engine("bwrap", False), Engine("bwrap", True), Engine("namespaces", False), Engine("namespaces", True)]
-FAILURES = {engine: sandbox.examine(engine) if sys.platform == "linux" else "no Linux" for engine in ENGINES}
+ENGINES = [Engine.ROOT, Engine.USER] if hasattr(os, "geteuid") and os.geteuid() == 0 else [Engine.USER]
+INSTALLED = shutil.which("bwrap") is not None
+FAILURES = {engine: sandbox.examine(engine) if INSTALLED else "bwrap is not installed" for engine in ENGINES}
 WORKING = [engine for engine, failure in FAILURES.items() if not failure]
 
-needs_sandbox = pytest.mark.skipif(not WORKING, reason="no sandbox works on this machine")
-each_engine = pytest.mark.parametrize("engine", WORKING, ids=lambda e: f"{e.name}{'-user' * e.user_namespace}")
+needs_sandbox = pytest.mark.bwrap  # conftest.py leaves these out, with a warning, where there is none
+
+
+def each_engine(test: Callable[..., None]) -> Callable[..., None]:
+    return needs_sandbox(pytest.mark.parametrize("engine", WORKING, ids=lambda engine: engine.name.lower())(test))
 
 
 @pytest.fixture(autouse=True)
 def marked_processes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Give our sandboxes a command line that ``left_over`` can tell from those of other test runs."""
-    monkeypatch.setattr(sandbox, "_LOADER", f"{sandbox._LOADER}\n# {TOKEN}")
+    monkeypatch.setattr(sandbox, "_BOOT", f"{sandbox._BOOT}\n# {TOKEN}")
     yield
     assert not left_over()
 
@@ -396,7 +404,7 @@ def test_attacks_do_not_disturb_their_neighbours():
 @pytest.mark.parametrize("engine", ENGINES, ids=str)
 def test_an_engine_that_starts_keeps_its_promises(engine: Engine):
     # Without this, a sandbox that has lost one of them would only be passed over, and the tests with it.
-    assert FAILURES[engine] not in sandbox.BROKEN
+    assert FAILURES[engine] in ("", "bwrap is not installed") or "did not start" in FAILURES[engine]
 
 
 @each_engine
@@ -405,8 +413,8 @@ def test_engines_give_the_same_verdicts(engine: Engine, monkeypatch: pytest.Monk
     problems = rows()[:3]
     bodies = [row["canonical_solution"] for row in problems]
     assert humaneval([*bodies, "    pass"], [*problems, problems[0]]) == [True, True, True, False]
-    names = ["fork bomb", "leave a child and go", "kill everything", "search the files", "shared memory", "crash"]
-    names += ["attach to other processes", "new namespaces", "another user"]
+    names = ["fork bomb", "leave a child and go", "kill everything", "search the files", "a way out", "crash"]
+    names += ["other processes", "new namespaces", "another user"]
     assert unit_tests([attacks()[name] for name in names], [GOLD] * 9, seconds=1) == [False] * 9
     assert python_exec(["print(input())"], [{"input": "x", "output": "x"}]) == [True]
 
@@ -433,12 +441,8 @@ def test_no_network(engine: Engine, monkeypatch: pytest.MonkeyPatch):
         f"    print(urllib.request.urlopen({address!r}, timeout=5).read().decode())\n"
         "except OSError as error:\n    print('blocked')"
     )
-    # The filter refuses sockets; the namespace must do without it, too.
-    without = sandbox._boot_text().replace("    filter_system_calls()\n", "")
     try:
         use(monkeypatch, engine)
-        assert python_exec([program], ["blocked"]) == [True]
-        monkeypatch.setattr(sandbox, "_boot_text", lambda: without)
         assert python_exec([program], ["blocked"]) == [True]
         assert not asked
         # The server is there, and the program finds it, where nothing is in its way.
@@ -447,6 +451,26 @@ def test_no_network(engine: Engine, monkeypatch: pytest.MonkeyPatch):
     finally:
         server.shutdown()
         server.server_close()
+
+
+@each_engine
+def test_nothing_of_the_machine_to_talk_to(engine: Engine, monkeypatch: pytest.MonkeyPatch):
+    key, libc = random.randrange(1 << 20, 1 << 30), ctypes.CDLL(None)
+    program = (
+        f"import ctypes, socket\nprint(ctypes.CDLL(None).shmget({key}, 0, 0) >= 0)\n"
+        f"print(socket.socket(socket.AF_UNIX).connect_ex('\\x00{TOKEN}') == 0)"
+    )
+    segment = libc.shmget(key, 4096, 0o1666)
+    try:
+        with socket.socket(socket.AF_UNIX) as abstract:
+            abstract.bind(f"\0{TOKEN}")
+            abstract.listen()
+            use(monkeypatch, engine)
+            assert python_exec([program], ["False\nFalse"]) == [True]
+            found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+            assert found.stdout.split() == ["True", "True"]
+    finally:
+        libc.shmctl(segment, 0, None)
 
 
 LOOK_AROUND = """
@@ -482,7 +506,7 @@ def test_files_and_environment(engine: Engine, monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setenv("HF_TOKEN", "secret-token")
     secret = tmp_path / "file"
     secret.write_text("secret-text")
-    names = {"SECRET": str(secret), "HOME": os.path.expanduser("~"), "PACKAGES": sandbox._files()[2]}
+    names = {"SECRET": str(secret), "HOME": os.path.expanduser("~"), "PACKAGES": sandbox._files()[1]}
     found = sandbox.run("".join(f"{name} = {value!r}\n" for name, value in names.items()) + LOOK_AROUND)
     seen = json.loads(found.stdout)
     assert seen["secret"] is None and "secret" not in json.dumps({**seen, "secret": ""}).replace('"secret"', "")
@@ -501,7 +525,7 @@ def test_files_and_environment(engine: Engine, monkeypatch: pytest.MonkeyPatch, 
 LIMITS = {
     "enough memory": ("print(len(bytearray(100 << 20)))", {}, (b"104857600\n", 0, "")),
     "memory": ("print(len(bytearray(100 << 20)))", {"memory_bytes": 90 << 20}, (b"", 1, "")),
-    "cpu": ("while True:\n    pass", {"cpu_seconds": 1}, (b"", 137, "")),
+    "cpu": ("while True:\n    pass", {"cpu_seconds": 1, "wall_seconds": 60.0}, (b"", 137, "")),
     "wall": ("import time\nprint(1, flush=True)\ntime.sleep(60)", {"wall_seconds": 0.5}, (b"1\n", None, "time")),
     "wall, silent": ("import os, time\nos.close(1)\ntime.sleep(60)", {"wall_seconds": 0.5}, (b"", None, "time")),
     "output": ("while True:\n    print('x' * 99)", {"output_bytes": 500}, ((b"x" * 99 + b"\n") * 5, None, "output")),
@@ -571,9 +595,9 @@ def test_a_sandbox_dies_with_the_trainer(engine: Engine, tmp_path: Path):
     script = tmp_path / "trainer.py"
     script.write_text(
         "from mechreward.verifiers import sandbox\n"
-        f"sandbox._LOADER += '\\n# {TOKEN}'\n"
+        f"sandbox._BOOT += '\\n# {TOKEN}'\n"
         f"program = {GRANDCHILD.format(600)!r}\n"
-        f"sandbox.run_in(sandbox.Engine{tuple(engine)!r}, program, '', sandbox.Limits(wall_seconds=600))\n"
+        f"sandbox.run_in(sandbox.Engine.{engine.name}, program, '', sandbox.Limits(wall_seconds=600))\n"
     )
     source = str(Path(mr.__file__).parents[1])
     trainer = subprocess.Popen([sys.executable, str(script)], env={**os.environ, "PYTHONPATH": source})
@@ -601,37 +625,48 @@ def test_detection_refuses_what_does_not_keep_its_promises(monkeypatch: pytest.M
     detect = sandbox._detect.__wrapped__
     monkeypatch.setattr(sandbox, "examine", lambda candidate: "there is a network")
     monkeypatch.setattr(sandbox.sys, "platform", "linux")
+    monkeypatch.setattr(sandbox.shutil, "which", lambda name: "/usr/bin/bwrap")
     found, why = detect()
-    assert found is None and "namespaces in a user namespace: there is a network" in why
+    assert found is None and "bubblewrap in a user namespace: there is a network" in why
+    monkeypatch.setattr(sandbox.shutil, "which", lambda name: None)
+    assert detect() == (None, "bwrap is not installed")
     monkeypatch.setattr(sandbox.sys, "platform", "darwin")
     assert detect() == (None, "it needs Linux, and this is darwin")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
 def test_an_examination_sees_that_there_is_no_sandbox():
-    assert sandbox.examine(Engine("none")) == "processes of the machine are visible"
+    assert sandbox.examine(Engine.UNSAFE) == "processes of the machine are visible"
     assert not left_over()
 
 
+BREAK = {
+    "processes of the machine are visible": ("--unshare-pid", ""),
+    "files of the machine are visible": ("--remount-ro / --chdir", "--ro-bind /var /var --remount-ro / --chdir"),
+    "the file system can be written": ("--remount-ro / --chdir", "--chmod 0777 / --chdir"),
+    "there is no temporary folder": ("--chdir /tmp", "--remount-ro /tmp --chdir /tmp"),
+}
+
+
 @each_engine
-def test_an_examination_sees_what_is_missing(engine: Engine, monkeypatch: pytest.MonkeyPatch):
-    text = sandbox._boot_text()
-    assert text.count("    limit(config)\n") == 1
-    monkeypatch.setattr(sandbox, "_boot_text", lambda: text.replace("    limit(config)\n", ""))
+@pytest.mark.parametrize("promise", BREAK)
+def test_an_examination_sees_a_broken_promise(engine: Engine, promise: str, monkeypatch: pytest.MonkeyPatch):
+    kept, broken = BREAK[promise]
+    command = " ".join(sandbox._bubblewrap(engine, Limits()))
+    assert command.count(kept) == 1
+    monkeypatch.setattr(sandbox, "_bubblewrap", lambda *_: command.replace(kept, broken).split())
+    assert sandbox.examine(engine) == promise
+
+
+@each_engine
+def test_an_examination_sees_that_processes_are_not_limited(engine: Engine, monkeypatch: pytest.MonkeyPatch):
+    assert sandbox._BOOT.count("    limit(config)\n") == 1
+    monkeypatch.setattr(sandbox, "_BOOT", sandbox._BOOT.replace("    limit(config)\n", ""))
     assert sandbox.examine(engine) == "processes are not limited"
 
 
-@needs_sandbox
-def test_without_bubblewrap_namespaces_are_tried(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(sandbox.shutil, "which", lambda name: None)
-    tried: list[str] = []
-    monkeypatch.setattr(sandbox, "examine", lambda candidate: tried.append(candidate.name) or "no")
-    _, why = sandbox._detect.__wrapped__()
-    assert set(tried) == {"namespaces"} and why.startswith("bwrap is not installed; namespaces")
-
-
 @pytest.mark.skipif(os.name != "posix", reason="needs POSIX")
-def test_unsafe_still_limits_and_ends_the_tree(monkeypatch: pytest.MonkeyPatch):
+def test_unsafe_still_limits_and_ends_the_group(monkeypatch: pytest.MonkeyPatch):
     use(monkeypatch, None)
     before = set(Path(tempfile.gettempdir()).glob("mechreward-*"))
     monkeypatch.setenv("HF_TOKEN", "secret-token")
@@ -643,7 +678,8 @@ def test_unsafe_still_limits_and_ends_the_tree(monkeypatch: pytest.MonkeyPatch):
         memory = Limits(memory_bytes=90 << 20)
         assert sandbox.run("x = bytearray(100 << 20)", limits=memory, unsafe=True).code == 1
         for seconds in (0.1, 600):
-            sandbox.run(GRANDCHILD.format(seconds), limits=Limits(wall_seconds=1.0), unsafe=True)
+            grandchild = GRANDCHILD.format(seconds).replace("os.setsid()", "pass")  # one that leaves the group lives on
+            sandbox.run(grandchild, limits=Limits(wall_seconds=1.0), unsafe=True)
             assert sys.platform != "linux" or not left_over()
     assert set(Path(tempfile.gettempdir()).glob("mechreward-*")) <= before
 
@@ -651,7 +687,7 @@ def test_unsafe_still_limits_and_ends_the_tree(monkeypatch: pytest.MonkeyPatch):
 @needs_sandbox
 def test_a_sandbox_that_fails_to_start_is_no_verdict(monkeypatch: pytest.MonkeyPatch):
     sandbox.engine()
-    monkeypatch.setattr(sandbox, "_boot_text", lambda: "import sys; sys.exit(1)")
+    monkeypatch.setattr(sandbox, "_BOOT", "import sys; sys.exit(1)")
     with pytest.raises(SandboxError, match="did not start"):
         one(RIGHT, ADD)
 

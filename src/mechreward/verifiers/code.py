@@ -20,7 +20,6 @@ A golds column may hold texts, or mappings and lists, which reach these verifier
 """
 
 import ast
-import functools
 import json
 import math
 import os
@@ -41,7 +40,7 @@ MOST_CODE = 200_000
 
 _FENCE = re.compile(r"^[ \t]*(```+|~~~+)[ \t]*([\w+-]*)[^\n]*$", re.MULTILINE)
 _PYTHON = ("python", "py", "python3")
-_ROLES = Path(__file__).with_name("_roles.py")
+_ROLES = Path(__file__).with_name("_roles.py").read_text(encoding="utf-8")
 
 Gold = str | Mapping[str, Any] | Sequence[Any] | None
 
@@ -245,11 +244,9 @@ def _batch(
         except RewardError as error:
             raise RewardError(f"golds[{pairs.index(pair)}] {error}") from error
 
-    pool = ThreadPoolExecutor(min(len(todo), workers or min(MOST_WORKERS, os.cpu_count() or 1)))
-    try:
+    most = workers or min(MOST_WORKERS, os.cpu_count() or 1)
+    with ThreadPoolExecutor(min(len(todo), most)) as pool:  # an error cancels the checks that have not begun
         verdicts = dict(zip(todo, pool.map(verdict, todo), strict=True))
-    finally:
-        pool.shutdown(cancel_futures=True)
     return [None if pair is None else verdicts[pair] for pair in pairs]
 
 
@@ -308,35 +305,28 @@ def _judge(completion: str, test: _Test, limits: sandbox.Limits, engine: sandbox
 
 
 def _judged(program: str, test: _Test, limits: sandbox.Limits, engine: sandbox.Engine) -> str:
-    """What the judge says: ``pass``, ``fail``, ``broken: ...``, or ``""`` when it said nothing in time."""
-    roles = _roles()
-    ends = [*os.pipe(), *os.pipe(), *os.pipe()]
-    take_request, put_request, take_reply, put_reply, take_result, put_result = ends
-    judge = f"judge({put_request}, {take_reply}, {put_result}, {test.helpers!r}, {test.test!r}, {test.entry_point!r})"
-    candidate = f"candidate({take_request}, {put_reply}, {program!r})"
-    theirs = [put_request, take_reply, put_result]
-    try:
+    """Return what the judge says: ``pass``, ``fail``, ``broken: ...``, or ``""`` when it said nothing in time."""
+    with (
+        sandbox.pipe() as (take_request, put_request),
+        sandbox.pipe() as (take_reply, put_reply),
+        sandbox.pipe() as (take_result, put_result),
+    ):
+        fds = f"{put_request.fileno()}, {take_reply.fileno()}, {put_result.fileno()}"
+        judge = f"{_ROLES}\njudge({fds}, {test.helpers!r}, {test.test!r}, {test.entry_point!r})\n"
+        candidate = f"{_ROLES}\ncandidate({take_request.fileno()}, {put_reply.fileno()}, {program!r})\n"
+        judges, candidates = [put_request, take_reply, put_result], [take_request, put_reply]
         with (
-            sandbox.started(f"{roles}\n{judge}\n", engine, limits, keep=theirs) as first,
-            sandbox.started(f"{roles}\n{candidate}\n", engine, limits, keep=[take_request, put_reply]) as second,
+            sandbox.started(judge, engine, limits, keep=judges) as first,
+            sandbox.started(candidate, engine, limits, keep=candidates) as second,
         ):
             # Our copies would hide from either that the other has gone.
-            for fd in (*theirs, take_request, put_reply):
-                os.close(fd)
-                ends.remove(fd)
+            for file in (*judges, *candidates):
+                file.close()
             ready = time.monotonic() + sandbox.START_SECONDS
             first.wait_until_ready(ready)
             second.wait_until_ready(ready)
             reply, ended = sandbox.read(take_result, 1000, time.monotonic() + limits.wall_seconds)
             return reply.decode(errors="replace") if ended else ""
-    finally:
-        for fd in ends:
-            os.close(fd)
-
-
-@functools.cache
-def _roles() -> str:
-    return _ROLES.read_text(encoding="utf-8")
 
 
 # Programs
