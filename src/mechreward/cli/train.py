@@ -6,21 +6,18 @@ import contextlib
 import json
 import sys
 import time
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from mechreward.cli.common import console
+from mechreward.cli.common import console, expanded
 from mechreward.errors import ConfigError
 
 WRITTEN = "train.yaml"
 """In the output folder: the configuration that was made from options."""
-
-WITH_CONFIG = ("config", "arm", "seed", "jobs", "report_to", "as_json")
-"""Options that a configuration does not decide."""
-
 
 ONE_OF_SEVERAL = "import sys; sys.stdout = sys.stderr; from mechreward.cli import app; app()"
 """A process that makes one of several runs; the first process says where they all are."""
@@ -29,6 +26,42 @@ POCKET_ROWS = {"train": 2000, "discovery": 400, "test": 5000}
 """Questions that pocket makes for each set, as in ``configs/``."""
 
 
+@dataclass(frozen=True)
+class RunOptions:
+    """What the configuration of a run is made from: an experiment of one arm, ``train``."""
+
+    pack: Annotated[str | None, typer.Option(help="What is rewarded beside the outcome.")] = None
+    model: Annotated[str | None, typer.Option(help="A hub id or a folder. Default: the pack's.")] = None
+    data: Annotated[
+        str | None,
+        typer.Option(help="Questions: mechreward/pocket (the default for that model), a hub dataset, or a .jsonl."),
+    ] = None
+    subset: Annotated[str | None, typer.Option(help="The hub dataset's configuration.")] = None
+    split: Annotated[str, typer.Option(help="The split to train on.")] = "train"
+    test_data: Annotated[str | None, typer.Option(help="Questions for evaluation. Default: --data.")] = None
+    test_split: Annotated[
+        str | None, typer.Option(help="Its split; nothing of it may be trained on. Default: test; a file's is train.")
+    ] = None
+    prompt: Annotated[str, typer.Option(help="What the model reads, with columns in braces.")] = "{prompt}"
+    answer: Annotated[str, typer.Option(help="The column with the gold answer.")] = "answer"
+    verifier: Annotated[str, typer.Option(help="math_boxed, gsm8k or exact_match.")] = "math_boxed"
+    weight: Annotated[float, typer.Option(help="Weight of the features; the outcome's is 1.")] = 0.3
+    mode: Annotated[str, typer.Option(help="How the two are combined: sum, hero or gated.")] = "sum"
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 100
+    prompts_per_step: Annotated[int, typer.Option(min=1, help="Questions per step.")] = 12
+    num_generations: Annotated[int, typer.Option(min=2, help="Rollouts per question.")] = 8
+    max_completion_length: Annotated[int, typer.Option(min=1, help="Maximum number of tokens in a completion.")] = 256
+    learning_rate: Annotated[float, typer.Option(help="Constant learning rate.")] = 1e-6
+    beta: Annotated[float, typer.Option(min=0, help="KL coefficient.")] = 0.04
+    lora_rank: Annotated[int | None, typer.Option(help="Train an adapter; by default all weights.")] = None
+    questions: Annotated[int, typer.Option(min=1, help="Test questions per evaluation, drawn anew for each seed.")] = (
+        500
+    )
+    every: Annotated[int, typer.Option(min=1, help="Steps between evaluations and checkpoints.")] = 10
+    output: Annotated[Path | None, typer.Option(help="Folder for the runs. Default: runs/ and the pack's name.")] = None
+
+
+@expanded
 def train(
     ctx: typer.Context,
     config: Annotated[Path | None, typer.Option(help="An experiment's YAML file; the other options make one.")] = None,
@@ -40,48 +73,24 @@ def train(
     report_to: Annotated[
         list[str] | None, typer.Option(help="A tracker of TRL's: tensorboard, trackio, wandb; may be repeated.")
     ] = None,
-    pack: Annotated[str | None, typer.Option(help="What is rewarded beside the outcome.")] = None,
-    model: Annotated[str | None, typer.Option(help="A hub id or a folder. Default: the pack's.")] = None,
-    data: Annotated[
-        str | None, typer.Option(help="Questions: mechreward/pocket (the default for it), one of the hub, or a .jsonl.")
-    ] = None,
-    subset: Annotated[str | None, typer.Option(help="The hub dataset's configuration.")] = None,
-    split: Annotated[str, typer.Option(help="What is trained on.")] = "train",
-    test_data: Annotated[str | None, typer.Option(help="Questions for evaluation. Default: --data.")] = None,
-    test_split: Annotated[
-        str | None, typer.Option(help="Its split; nothing of it may be trained on. Default: test; a file's is train.")
-    ] = None,
-    prompt: Annotated[str, typer.Option(help="What the model reads, with columns in braces.")] = "{prompt}",
-    answer: Annotated[str, typer.Option(help="The column with the gold answer.")] = "answer",
-    verifier: Annotated[str, typer.Option(help="math_boxed, gsm8k or exact_match.")] = "math_boxed",
-    weight: Annotated[float, typer.Option(help="Of the features; that of the outcome is 1.")] = 0.3,
-    mode: Annotated[str, typer.Option(help="How the two are combined: sum, hero or gated.")] = "sum",
-    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 100,
-    prompts_per_step: Annotated[int, typer.Option(min=1, help="Questions a step.")] = 12,
-    num_generations: Annotated[int, typer.Option(min=2, help="Rollouts a question.")] = 8,
-    max_completion_length: Annotated[int, typer.Option(min=1, help="Tokens.")] = 256,
-    learning_rate: Annotated[float, typer.Option(help="Constant.")] = 1e-6,
-    beta: Annotated[float, typer.Option(min=0, help="KL coefficient.")] = 0.04,
-    lora_rank: Annotated[int | None, typer.Option(help="Train an adapter; by default all weights.")] = None,
-    questions: Annotated[int, typer.Option(min=1, help="Test questions of an evaluation, another draw a seed.")] = 500,
-    every: Annotated[int, typer.Option(min=1, help="Steps between evaluations and checkpoints.")] = 10,
-    output: Annotated[
-        Path | None, typer.Option(help="Folder for the runs. Default: runs/ and the pack's name.")
-    ] = None,
+    *,
+    options: RunOptions,
     as_json: Annotated[bool, typer.Option("--json", help="Print the runs' folders as JSON.")] = False,
 ) -> None:
     """Train with GRPO on outcome and features: the runs of an experiment's configuration, or one by options.
 
     Options make a configuration, which is written into the output folder, to be edited and given as --config.
-    Interrupted, the same command goes on from the last checkpoint; what is finished is left as it is.
+    Interrupted, the same command resumes at the last checkpoint; finished runs are left as they are.
 
     Example: mechreward train --pack pocket/reasoning_pack --steps 30 --learning-rate 1e-4 --output runs/mine
 
     mechreward train --config configs/hybrid.yaml --arm sum --seed 0 --report-to tensorboard
     """
+    if config is not None:
+        _refuse_what_the_configuration_decides(ctx, config)
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # trackers say things, and stdout is for what is asked for
-            folders, made_in = _train(ctx, config, arm, seed, jobs, report_to or [])
+        with contextlib.redirect_stdout(sys.stderr):  # trackers print, and stdout is for what is asked for
+            folders, made_in = _train(config, arm, seed, jobs, report_to or [], options)
     except KeyboardInterrupt:
         typer.echo("\nInterrupted. The same command goes on from the last checkpoint.", err=True)
         raise typer.Exit(130) from None
@@ -92,19 +101,24 @@ def train(
     console.print("\n".join(said), soft_wrap=True, markup=False, highlight=False)
 
 
+def _refuse_what_the_configuration_decides(ctx: typer.Context, config: Path) -> None:
+    for name in (field.name for field in fields(RunOptions)):
+        if getattr(ctx.get_parameter_source(name), "name", "") == "COMMANDLINE":
+            raise ConfigError(
+                f"{config} decides what --{name.replace('_', '-')} would: change it there, or leave one of the two out."
+            )
+
+
 def _train(
-    ctx: typer.Context, config: Path | None, arm: Any, seed: Any, jobs: int, report_to: list[str]
+    config: Path | None, arm: Any, seed: Any, jobs: int, report_to: list[str], options: RunOptions
 ) -> tuple[list[Path], str]:
-    """Make the runs; their folders, and the one that holds them all."""
+    """Make the runs; return their folders, and the one that holds them all."""
     from mechreward.experiments.config import read_config
     from mechreward.experiments.runner import carry_out, check_trackers, chosen_runs
 
     check_trackers(report_to)
-    given = [name for name in ctx.params if getattr(ctx.get_parameter_source(name), "name", "") == "COMMANDLINE"]
     if config is None:
-        config = _written(_configuration(ctx.params))
-    elif unheard := [f"--{name.replace('_', '-')}" for name in given if name not in WITH_CONFIG]:
-        raise ConfigError(f"{config} decides what {unheard[0]} would: change it there, or leave one of the two out.")
+        config = _written(_configuration(options, seed or [0]))
     experiment = read_config(config)
     grid = chosen_runs(experiment, arm, seed)
     command = [sys.executable, "-c", ONE_OF_SEVERAL, "train", "--config", str(config)]
@@ -153,50 +167,50 @@ class Progress:
             self.tell(f"{run}, step {done} of {of}, about {left:.0f} s left")
 
 
-def _configuration(options: dict[str, Any]) -> dict[str, Any]:
-    """What the options say, as an experiment of one arm, ``train``."""
+def _configuration(options: RunOptions, seeds: list[int]) -> dict[str, Any]:
+    """Return the options as an experiment of one arm, ``train``."""
     from mechreward import pocket
     from mechreward.features.catalog import load_pack
 
-    pack = options["pack"]
+    pack = options.pack
     if pack is None:
         raise ConfigError("Name what to train with: --config, an experiment's YAML file, or --pack, a pack to reward.")
-    model = options["model"] or load_pack(pack).model
-    if options["data"] is None and pocket.resolve(model) != pocket.path():
+    model = options.model or load_pack(pack).model
+    if options.data is None and pocket.resolve(model) != pocket.path():
         raise ConfigError(f"Name questions for {model} with --data: a dataset of the hub, or a .jsonl.")
     training = ("prompts_per_step", "num_generations", "max_completion_length", "learning_rate", "beta", "lora_rank")
-    scaling = {"scale_rewards": "none"} if options["mode"] == "hero" else {}  # HERO's difficulty weight would cancel
-    features = {"pack": pack, "weight": options["weight"]}
+    scaling = {"scale_rewards": "none"} if options.mode == "hero" else {}  # HERO's difficulty weight would cancel
+    features = {"pack": pack, "weight": options.weight}
     return {
-        "output": str(options["output"] or Path("runs") / pack.split("/")[-1].removesuffix(".json")),
+        "output": str(options.output or Path("runs") / pack.split("/")[-1].removesuffix(".json")),
         "model": model,
-        "verifier": options["verifier"],
+        "verifier": options.verifier,
         "watch": [pack],
         "data": _data(options),
-        "training": {"max_steps": options["steps"], **{name: options[name] for name in training}},
-        "evaluation": {"every": options["every"], "questions": options["questions"]},
-        "arms": {"train": {"outcome": 1.0, "features": features, "mode": options["mode"], **scaling}},
-        "seeds": options["seed"] or [0],
+        "training": {"max_steps": options.steps, **{name: getattr(options, name) for name in training}},
+        "evaluation": {"every": options.every, "questions": options.questions},
+        "arms": {"train": {"outcome": 1.0, "features": features, "mode": options.mode, **scaling}},
+        "seeds": seeds,
     }
 
 
-def _data(options: dict[str, Any]) -> dict[str, Any]:
-    """The three sets; a recipe's features are looked for on what is trained on, where there is no set of its own."""
+def _data(options: RunOptions) -> dict[str, Any]:
+    """Return the three sets; a recipe's features are looked for on what is trained on, unless there is another set."""
     from mechreward import pocket
 
-    data = options["data"] or pocket.MODEL_ID
-    test = options["test_data"] or data
-    asked = {name: options[name] for name in ("subset", "prompt", "answer")}
+    data = options.data or pocket.MODEL_ID
+    test = options.test_data or data
+    columns = {"subset": options.subset, "prompt": options.prompt, "answer": options.answer}
 
     def source(path: str, name: str, split: str) -> list[dict[str, Any]]:
         if path == pocket.MODEL_ID:
             return [{"path": path, "split": name, "rows": POCKET_ROWS[name]}]
-        return [{"path": path, "split": split, **asked}]
+        return [{"path": path, "split": split, **columns}]
 
-    test_split = options["test_split"] or ("train" if test.endswith((".json", ".jsonl")) else "test")
+    test_split = options.test_split or ("train" if test.endswith((".json", ".jsonl")) else "test")
     return {
-        "train": source(data, "train", options["split"]),
-        "discovery": source(data, "discovery", options["split"]),
+        "train": source(data, "train", options.split),
+        "discovery": source(data, "discovery", options.split),
         "test": source(test, "test", test_split),
     }
 
