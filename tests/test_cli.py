@@ -8,12 +8,15 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
+from typing import Annotated
 
 import pytest
 import typer
 from typer.testing import CliRunner
 
 from mechreward.cli import app
+from mechreward.cli.common import expanded
 from mechreward.features.catalog import CATALOGS
 from mechreward.features.pack import read_pack
 
@@ -61,6 +64,31 @@ def test_ctrl_c_ends_a_command_with_a_sentence_and_a_server_without(path, said, 
     result = CliRunner().invoke(app, path)
     assert result.exit_code == 130 and result.stdout == ""
     assert [line[:12] for line in result.stderr.splitlines()] == ["Interrupted:"] * said
+
+
+def test_a_dataclass_stands_for_options_in_its_place_and_order():
+    @dataclass(frozen=True)
+    class Size:
+        width: Annotated[int, typer.Option(min=1)]
+        height: Annotated[int, typer.Option("--high", help="Upwards.")] = 2
+
+    @dataclass(frozen=True)
+    class Tall(Size):
+        height: Annotated[int, typer.Option("--high", help="Upwards.")] = 9
+
+    told = []
+    made = typer.Typer()
+
+    @made.command()
+    @expanded
+    def command(ctx: typer.Context, name: str, *, size: Tall, loud: bool = False) -> None:
+        told.append((ctx.get_parameter_source("width").name, name, size, loud))
+
+    assert [each.name for each in typer.main.get_command(made).params][:4] == ["name", "width", "height", "loud"]
+    assert CliRunner().invoke(made, ["a", "--width", "3"]).exit_code == 0
+    assert CliRunner().invoke(made, ["a", "--width", "3", "--high", "4", "--loud"]).exit_code == 0
+    assert told == [("COMMANDLINE", "a", Tall(3, 9), False), ("COMMANDLINE", "a", Tall(3, 4), True)]
+    assert CliRunner().invoke(made, ["a"]).exit_code == CliRunner().invoke(made, ["a", "--width", "0"]).exit_code == 2
 
 
 def printed(*args):

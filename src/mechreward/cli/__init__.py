@@ -9,10 +9,11 @@ import typer
 from typer.core import TyperGroup
 
 from mechreward.cli.common import Interrupted
+from mechreward.cli.discover import discover
 from mechreward.cli.doctor import doctor
-from mechreward.cli.evaluate import evaluate
+from mechreward.cli.eval import evaluate
 from mechreward.cli.features import features
-from mechreward.cli.find import discover, gate
+from mechreward.cli.gate import gate
 from mechreward.cli.packs import packs
 from mechreward.cli.probe import probe
 from mechreward.cli.redteam import redteam

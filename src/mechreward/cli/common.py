@@ -1,4 +1,4 @@
-"""What the commands share: options, progress, what is said at the end, and how they are interrupted."""
+"""What the commands share: options, progress, what is printed at the end, and how they are interrupted."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
@@ -14,9 +15,38 @@ import typer
 from rich.console import Console
 
 from mechreward.features.pack import FeaturePack
-from mechreward.unfinished import TellStage, Unfinished
+from mechreward.unfinished import Unfinished
 
 console = Console()
+
+
+def expanded(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn each parameter of a command that is a dataclass into options, one for each of its fields.
+
+    A field is declared as typer declares an option, ``name: Annotated[type, typer.Option(help=...)] = default``, and
+    typer reads the command's ``__signature__``. The command gets the dataclass, filled.
+    """
+    signature = inspect.signature(command, eval_str=True)
+    groups: dict[str, Any] = {
+        name: each.annotation for name, each in signature.parameters.items() if is_dataclass(each.annotation)
+    }
+    parameters = []
+    for name, parameter in signature.parameters.items():
+        options = {name: parameter}
+        if name in groups:
+            hints = get_type_hints(groups[name], include_extras=True)
+            fields = inspect.signature(groups[name]).parameters
+            options = {field: each.replace(annotation=hints[field]) for field, each in fields.items()}
+        parameters += [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in options.values()]
+
+    @functools.wraps(command)
+    def called(**values: Any) -> None:
+        for name, kind in groups.items():
+            values[name] = kind(**{field: values.pop(field) for field in inspect.signature(kind).parameters})
+        command(**values)
+
+    called.__signature__ = signature.replace(parameters=parameters)  # pyright: ignore[reportAttributeAccessIssue]
+    return called
 
 
 def _packs_that_begin(typed: str) -> list[str]:
@@ -30,38 +60,59 @@ Name = Annotated[
     typer.Argument(help="A pack of the catalogs, or a path to its JSON file.", autocompletion=_packs_that_begin),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Data = Annotated[
+    str,
+    typer.Option(
+        help="Labelled rollouts (a .jsonl with prompt, completion and label), or questions to sample the model on: "
+        "mechreward/pocket, a dataset of the hub, or a .jsonl. The options on sampling are for questions alone."
+    ),
+]
 Verifier = Annotated[str, typer.Option(help="What labels sampled rollouts: math_boxed, gsm8k or exact_match.")]
 Split = Annotated[str | None, typer.Option(help="The dataset's split, e.g. train[:500].")]
 Subset = Annotated[str | None, typer.Option(help="The hub dataset's configuration, e.g. main.")]
 Prompt = Annotated[str, typer.Option(help="What the model reads, with the dataset's columns in braces.")]
 Answer = Annotated[str, typer.Option(help="The column with the gold answer.")]
-MaxNewTokens = Annotated[int, typer.Option(min=2, help="The longest completion.")]
+MaxNewTokens = Annotated[int, typer.Option(min=2, help="Maximum number of tokens in a completion.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Rollouts sampled at once.")]
-Dtype = Annotated[str, typer.Option(help="Of the model's weights: float32, bfloat16 or float16.")]
-Seed = Annotated[int, typer.Option(help="Of everything random.")]
+Dtype = Annotated[str, typer.Option(help="Type of the model's weights: float32, bfloat16 or float16.")]
+Seed = Annotated[int, typer.Option(help="Random seed.")]
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How a command samples the model on questions, and labels the rollouts."""
+
+    verifier: Verifier = "math_boxed"
+    split: Split = None
+    subset: Subset = None
+    prompt: Prompt = "{prompt}"
+    answer: Answer = "answer"
+    questions: Annotated[
+        int | None, typer.Option(min=2, help="Maximum number of questions. Default: a recipe's, else 250.")
+    ] = None
+    rollouts: Annotated[
+        int | None, typer.Option(min=1, help="Rollouts per question, at temperature 1. Default: a recipe's, else 4.")
+    ] = None
+    max_new_tokens: MaxNewTokens = 256
+    batch_size: BatchSize = 64
+    dtype: Dtype = "float32"
+    seed: Seed = 0
+    keep_rollouts: Annotated[
+        Path | None, typer.Option(help="Write the sampled and labelled rollouts to this .jsonl.")
+    ] = None
+
+    def sampling(self, questions: int, rollouts: int) -> Any:
+        """Return a :class:`mechreward.train.sampling.Sampling` of so many questions and rollouts per question."""
+        from mechreward.train.sampling import Sampling
+
+        return Sampling(
+            self.verifier, self.split, self.subset, self.prompt, self.answer, questions, rollouts,
+            self.max_new_tokens, self.batch_size, self.seed, self.keep_rollouts,
+        )  # fmt: skip
+
 
 POCKET_ROWS = {"train": 2000, "discovery": 400, "test": 5000}
 """Questions that pocket makes for each set, as in ``configs/``."""
-
-
-def options_from(schema: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command an option for each field of a dataclass, which is annotated as Typer's parameters are.
-
-    The decorated function takes a Typer context and the dataclass.
-    """
-
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        @functools.wraps(command)
-        def run(ctx: typer.Context, **values: Any) -> None:
-            command(ctx, schema(**values))
-
-        hints = get_type_hints(schema, include_extras=True)
-        fields = [field.replace(annotation=hints[name]) for name, field in inspect.signature(schema).parameters.items()]
-        context = inspect.Parameter("ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
-        run.__signature__ = inspect.Signature([context, *fields])  # pyright: ignore[reportAttributeAccessIssue]
-        return run
-
-    return decorate
 
 
 def typed(ctx: typer.Context) -> list[str]:
@@ -98,23 +149,6 @@ def question_source(options: Any, path: str, split: str, rows: int) -> dict[str,
 
 class Interrupted(Exception):
     """Ctrl-C, with a sentence on what was kept."""
-
-
-@contextmanager
-def progress() -> Iterator[TellStage]:
-    """Bars with the time that is left, on stderr: one for each stage, from when it is first told of."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True)) as bars:
-        stages = {}
-
-        def tell(stage: str, done: int, of: int) -> None:
-            if stage not in stages:
-                stages[stage] = bars.add_task(stage, total=of)
-            bars.update(stages[stage], completed=done, total=of)
-
-        yield tell
 
 
 @contextmanager

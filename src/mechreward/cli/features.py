@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import typer
 
-from mechreward.cli.common import AsJson, console, made
+from mechreward.cli.common import AsJson, console, expanded, made
 
 features = typer.Typer(
     no_args_is_help=True,
@@ -16,37 +17,44 @@ features = typer.Typer(
     "Example: mechreward features show pocket/reasoning_pack",
 )
 
-Target = Annotated[
-    str | None, typer.Argument(metavar="PACK_OR_SAE", help="A pack's name or file, or an SAE as release/sae_id.")
-]
-SAEName = Annotated[str | None, typer.Option("--sae", help="An SAE as release/sae_id, or its folder.")]
-FeatureIds = Annotated[
-    list[int] | None, typer.Option("--feature", help="A latent's index; may be repeated. Default: all of the pack.")
-]
-ModelName = Annotated[
-    str | None, typer.Option("--model", help="A hub id or a folder. Default: the model that the pack or SAE names.")
-]
-CorpusFile = Annotated[
-    Path | None,
-    typer.Option(
-        "--corpus",
-        help="A .txt file, one text per line (or blocks between blank lines), or .jsonl with 'text', or with 'prompt' "
-        "and 'completion'. Default for pocket: its own discovery questions with their solutions.",
-    ),
-]
-MaxTexts = Annotated[
-    int | None, typer.Option("--texts", min=1, help="Maximum number of texts. Default: all, or 500 of pocket's own.")
-]
+
+@dataclass(frozen=True)
+class Latents:
+    """Which latents a command is about, and the texts that they are read on."""
+
+    target: Annotated[
+        str | None, typer.Argument(metavar="PACK_OR_SAE", help="A pack's name or file, or an SAE as release/sae_id.")
+    ] = None
+    sae: Annotated[str | None, typer.Option(help="An SAE as release/sae_id, or its folder.")] = None
+    feature: Annotated[
+        list[int] | None, typer.Option(help="A latent's index; may be repeated. Default: all of the pack.")
+    ] = None
+    model: Annotated[
+        str | None, typer.Option(help="A hub id or a folder. Default: the model that the pack or SAE names.")
+    ] = None
+    corpus: Annotated[
+        Path | None,
+        typer.Option(
+            help="A .txt file, one text per line (or blocks between blank lines), or .jsonl with 'text', or with "
+            "'prompt' and 'completion'. Default for pocket: its own discovery questions with their solutions.",
+        ),
+    ] = None
+    texts: Annotated[
+        int | None, typer.Option(min=1, help="Maximum number of texts. Default: all, or 500 of pocket's own.")
+    ] = None
+
+    def chosen(self) -> Any:
+        """Return the latents that are named, as :func:`mechreward.features.show.choose` finds them."""
+        from mechreward.features.show import choose
+
+        return choose(self.target, self.sae, self.feature or [])
 
 
 @features.command("show")
+@expanded
 def show_features(
-    target: Target = None,
-    sae: SAEName = None,
-    feature: FeatureIds = None,
-    model: ModelName = None,
-    corpus: CorpusFile = None,
-    texts: MaxTexts = None,
+    *,
+    latents: Latents,
     html: Annotated[Path | None, typer.Option(help="Write a page that needs nothing else, too.")] = None,
     top: Annotated[int, typer.Option(min=1, help="Examples of each latent; on the page twice as many.")] = 5,
     context: Annotated[int, typer.Option(min=2, help="Tokens of an example.")] = 64,
@@ -63,15 +71,15 @@ def show_features(
     """
     from mechreward.errors import ConfigError
     from mechreward.features.neuronpedia import neuronpedia_id, published_feature
-    from mechreward.features.show import Shown, choose, page, print_feature
+    from mechreward.features.show import Shown, page, print_feature
 
     if html is not None and not html.absolute().parent.is_dir():
         raise ConfigError(f"There is no folder {html.absolute().parent} for the page: make it first.")
-    chosen = choose(target, sae, feature or [])
+    chosen = latents.chosen()
     # First: what is not on Neuronpedia need not wait for a model.
     np_id = neuronpedia_id(chosen.sae) if neuronpedia else None
     pages = [published_feature(np_id, i, offline=offline or None) if np_id else None for i in chosen.ids]
-    found, read = _examples(chosen, model, corpus, texts, max(20, 2 * top), context)
+    found, read = _examples(chosen, latents, max(20, 2 * top), context)
     entries = [
         Shown(index, each, weight, note, published)
         for index, each, weight, note, published in zip(
@@ -111,15 +119,12 @@ def _told(entry: Any, top: int) -> dict[str, Any]:
 
 
 @features.command("explain")
+@expanded
 def explain_features(
     endpoint: Annotated[str, typer.Option(help="OpenAI-compatible, e.g. http://localhost:8000/v1.")],
     model_name: Annotated[str, typer.Option(help="The explaining model's name at the endpoint.")],
-    target: Target = None,
-    sae: SAEName = None,
-    feature: FeatureIds = None,
-    model: ModelName = None,
-    corpus: CorpusFile = None,
-    texts: MaxTexts = None,
+    *,
+    latents: Latents,
     seed: Annotated[int, typer.Option(help="Deals out the examples and shuffles what is judged.")] = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -134,10 +139,10 @@ def explain_features(
 
     from mechreward.errors import DataError
     from mechreward.features.autointerp import Chat, explain
-    from mechreward.features.show import choose, visible
+    from mechreward.features.show import visible
 
-    chat, chosen = Chat(endpoint, model_name), choose(target, sae, feature or [])
-    found, read = _examples(chosen, model, corpus, texts, 20, 64)
+    chat, chosen = Chat(endpoint, model_name), latents.chosen()
+    found, read = _examples(chosen, latents, 20, 64)
     if not as_json:
         console.print(f"{chosen.title}: {read}", soft_wrap=True, markup=False, highlight=False)
     results = []
@@ -160,14 +165,11 @@ def explain_features(
 
 
 @features.command("export")
+@expanded
 def export_features(
     out: Annotated[Path, typer.Option(help="The folder to write: Delphi's raw_dir.")],
-    target: Target = None,
-    sae: SAEName = None,
-    feature: FeatureIds = None,
-    model: ModelName = None,
-    corpus: CorpusFile = None,
-    texts: MaxTexts = None,
+    *,
+    latents: Latents,
 ) -> None:
     """Write a corpus and the latents' activations as EleutherAI's Delphi reads them, for its explainers and scorers.
 
@@ -175,17 +177,17 @@ def export_features(
     """
     from mechreward import progress
     from mechreward.features.autointerp import export_for_delphi
-    from mechreward.features.show import choose
 
-    chosen = choose(target, sae, feature or [])
-    read = _corpus(chosen, model, corpus, texts)
+    chosen = latents.chosen()
+    read = _corpus(chosen, latents)
     with progress.shown():
         items = progress.track(read.items, "Reading the corpus", read.count)
         file = export_for_delphi(read.model, read.tokenizer, chosen.readout, chosen.ids, items, out)
     made(f"{file}: read it with delphi.latents.LatentDataset(raw_dir={str(out)!r}, ...).")
 
 
-class _Corpus(NamedTuple):
+@dataclass(frozen=True)
+class _Corpus:
     """Texts to read, and the model that reads them."""
 
     model: Any
@@ -195,21 +197,19 @@ class _Corpus(NamedTuple):
     where: str
 
 
-def _examples(
-    chosen: Any, model: str | None, corpus: Path | None, texts: int | None, top: int, context: int
-) -> tuple[list[Any], str]:
+def _examples(chosen: Any, latents: Latents, top: int, context: int) -> tuple[list[Any], str]:
     """Read the corpus for the chosen latents; return their examples, and a sentence on what was read."""
     from mechreward import progress
     from mechreward.features.examples import collect
 
-    read = _corpus(chosen, model, corpus, texts)
+    read = _corpus(chosen, latents)
     with progress.shown():
         items = progress.track(read.items, "Reading the corpus", read.count)
         found = collect(read.model, read.tokenizer, chosen.readout, items, top=top, context=context)
     return found, f"{found[0].tokens:,} tokens of {found[0].texts:,} texts read by {read.where}"
 
 
-def _corpus(chosen: Any, model: str | None, corpus: Path | None, texts: int | None) -> _Corpus:
+def _corpus(chosen: Any, latents: Latents) -> _Corpus:
     """Load the model that the options or the latents name, and open the corpus.
 
     Raises:
@@ -222,17 +222,19 @@ def _corpus(chosen: Any, model: str | None, corpus: Path | None, texts: int | No
     from mechreward.features.examples import pocket_corpus, read_corpus
     from mechreward.rollout.sampling import load_model
 
-    named = model or chosen.model_name
+    named = latents.model or chosen.model_name
     if named is None or ("/" not in named and not Path(named).exists()):
         raise ConfigError(
             f"{chosen.title} was made for {named or 'a model that it does not name'}, which is no hub id or folder: "
             "give the model with --model."
         )
-    if corpus is not None:
-        count = sum(1 for _ in itertools.islice(read_corpus(corpus), texts))  # for the time that is left
-        items, where = itertools.islice(read_corpus(corpus), texts), str(corpus)
+    if latents.corpus is not None:
+        count = sum(
+            1 for _ in itertools.islice(read_corpus(latents.corpus), latents.texts)
+        )  # for the time that is left
+        items, where = itertools.islice(read_corpus(latents.corpus), latents.texts), str(latents.corpus)
     elif pocket.resolve(named) == pocket.path():
-        count = texts or 500
+        count = latents.texts or 500
         items, where = pocket_corpus(count), "pocket's discovery questions with their solutions"
     else:
         raise ConfigError("Give the texts to read with --corpus.")

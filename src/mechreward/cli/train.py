@@ -22,8 +22,8 @@ from mechreward.cli.common import (
     Verifier,
     console,
     default_test_split,
+    expanded,
     flag,
-    options_from,
     question_source,
     typed,
 )
@@ -81,8 +81,8 @@ class TrainOptions:
     as_json: AsJson = False
 
 
-@options_from(TrainOptions)
-def train(ctx: typer.Context, options: TrainOptions) -> None:
+@expanded
+def train(ctx: typer.Context, *, options: TrainOptions) -> None:
     """Train with GRPO on outcome and features: the runs of an experiment's configuration, or one by options.
 
     Options make a configuration, which is written into the output folder, to be edited and given as --config. If the

@@ -330,7 +330,7 @@ def export_for_delphi(
         DataError: The latents never fire, or the corpus cannot be read.
     """
     end, tokens = tokenizer.eos_token_id or 0, []
-    found = [np.zeros((3, 0))]  # place, latent and strength of each activation
+    found: list[Any] = [np.zeros((3, 0))]  # place, latent and strength of each activation
     for _, batch, _, values in latent_activations(model, tokenizer, readout, corpus):
         for prompt, completion, activations in zip(batch.prompt_ids, batch.completion_ids, values, strict=True):
             tokens += prompt

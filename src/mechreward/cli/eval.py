@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from mechreward import progress
 from mechreward.cli.common import (
     POCKET_ROWS,
     Answer,
@@ -22,10 +23,9 @@ from mechreward.cli.common import (
     beside,
     console,
     default_test_split,
+    expanded,
     flag,
     made,
-    options_from,
-    progress,
     question_source,
     resumable,
     typed,
@@ -67,8 +67,8 @@ class EvalOptions:
     as_json: AsJson = False
 
 
-@options_from(EvalOptions)
-def evaluate(ctx: typer.Context, options: EvalOptions) -> None:
+@expanded
+def evaluate(ctx: typer.Context, *, options: EvalOptions) -> None:
     """Measure how often a model is right, sampled and greedy, with intervals; and what else it can do.
 
     A run is measured on its own test questions, which no step was trained on. If the command is interrupted, the same
@@ -96,9 +96,9 @@ def evaluate(ctx: typer.Context, options: EvalOptions) -> None:
     suites += evaluation.parse_tasks(options.tasks or "", options.task_questions)
     quiet()
     kept = beside(file, "eval")
-    with resumable(kept) as unfinished, progress() as tell:
+    with resumable(kept) as unfinished, progress.shown():
         steps = unfinished.steps("evaluations", cache_key := request.cache_key)
-        found = evaluation.accuracy_figures(request, steps, lambda done, of: tell("Answering", done, of))
+        found = evaluation.accuracy_figures(request, steps)
         scores = capability.measure(
             request.model, suites, seed=request.seed, kept=kept, log=lambda line: made(line, as_json=True)
         )
