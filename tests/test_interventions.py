@@ -52,7 +52,7 @@ def per_token(row):
 
 def test_rewards_per_token_are_the_weighted_sums(monkeypatch):
     some = rollouts().batch.take(range(7))
-    monkeypatch.setattr("mechreward.rollout.hf.MAX_NUMBERS", 3 * 7 * some.longest)  # three at a time
+    monkeypatch.setattr("mechreward.rollout.source.MAX_NUMBERS", 3 * 7 * some.longest)  # three at a time
     seen = list(reward().per_token(pocket()[0], some))
     assert [len(piece) for piece, _ in seen] == [3, 3, 1]
     assert [list(ids) for piece, _ in seen for ids in piece.completion_ids] == some.completion_ids

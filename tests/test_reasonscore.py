@@ -86,7 +86,7 @@ def test_one_word_has_no_entropy_to_weigh_by():
 
 def test_a_piece_at_a_time_gives_the_same(monkeypatch):
     whole = reason_scores(*pocket(), some(8), ours("jumprelu"), PHRASES)
-    monkeypatch.setattr("mechreward.rollout.hf.MAX_NUMBERS", 3 * some(8).longest * 2048)
+    monkeypatch.setattr("mechreward.rollout.source.MAX_NUMBERS", 3 * some(8).longest * 2048)
     pieces = reason_scores(*pocket(), some(8), ours("jumprelu"), PHRASES)
     np.testing.assert_allclose(pieces, whole, rtol=1e-4, atol=1e-9)
 

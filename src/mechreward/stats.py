@@ -228,7 +228,7 @@ def resampled_interval(per_question: Sequence[NDArray], draws: int, seed: int = 
     return percentiles(total / len(known))
 
 
-def percentiles(values: ArrayLike) -> Ends:
+def percentiles(values: Sequence[float] | Floats) -> Ends:
     """The ends of the 95 % percentile interval of resampled values."""
     low, high = np.quantile(values, [0.025, 0.975])
     return float(low), float(high)

@@ -182,7 +182,7 @@ def discover(
     if search.method == "lasso":
         chosen = _sparse_regressions(model, rollouts, saes, spans, found, search)
     else:
-        criteria = {"effect": found.effects, "firing": found.gaps}.get(search.method, [scores])
+        criteria = found.effects if search.method == "effect" else found.gaps if scores is None else [scores]
         chosen = [[rank(i, row[span], found, span) for i, span in enumerate(spans)] for row in criteria]
     per_sae, *others = chosen
     chance = [max(selections, key=lambda s: s.strength) for selections in others]
