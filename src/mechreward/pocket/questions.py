@@ -61,50 +61,12 @@ OTHER_WORDING = Wording(
 )
 """The same problems in sentences that the model has never seen, of words that it has: the question comes first."""
 
-_FIRST = [
-    "Tavo",
-    "Mira",
-    "Selk",
-    "Orin",
-    "Pell",
-    "Juna",
-    "Brox",
-    "Lira",
-    "Dorn",
-    "Yael",
-    "Kest",
-    "Nilo",
-    "Vada",
-    "Rusk",
-    "Elm",
-    "Fenn",
-    "Gava",
-    "Hollis",
-    "Ister",
-    "Jorl",
-]
-_LAST = [
-    "Brenn",
-    "Castor",
-    "Dale",
-    "Eskil",
-    "Frost",
-    "Garr",
-    "Holt",
-    "Imber",
-    "Jarvi",
-    "Kroll",
-    "Lund",
-    "Moss",
-    "Nadir",
-    "Oakes",
-    "Prine",
-    "Quill",
-    "Rowe",
-    "Stahl",
-    "Thorn",
-    "Udal",
-]
+_FIRST = (
+    "Tavo Mira Selk Orin Pell Juna Brox Lira Dorn Yael Kest Nilo Vada Rusk Elm Fenn Gava Hollis Ister Jorl"
+).split()
+_LAST = (
+    "Brenn Castor Dale Eskil Frost Garr Holt Imber Jarvi Kroll Lund Moss Nadir Oakes Prine Quill Rowe Stahl Thorn Udal"
+).split()
 CITIES = ["Lorn", "Paxos", "Merrow", "Tindal", "Ushko", "Varn", "Wessel", "Yarrow"]
 JOBS = ["baker", "pilot", "weaver", "miner", "tailor", "sailor", "painter", "farmer"]
 HEDGE = " I am not sure.\n#### unknown"
