@@ -175,7 +175,7 @@ def _examples(
     from mechreward import pocket, progress
     from mechreward.errors import ConfigError
     from mechreward.features.examples import collect, pocket_corpus, read_corpus
-    from mechreward.rollout.hf import load_model
+    from mechreward.rollout.sampling import load_model
 
     named = model or chosen.model_name
     if named is None or ("/" not in named and not Path(named).exists()):
