@@ -40,8 +40,8 @@ def train_a_probe(
     from mechreward.extras import require
     from mechreward.probes.linear_probe import files_of, save_probe
     from mechreward.probes.training import check_writable, draw_sweep, parse_layers, train_probe
-    from mechreward.rollout.sampling import load_model
     from mechreward.rollout.labelled import read_rollouts
+    from mechreward.rollout.sampling import load_model
 
     for file in (*files_of(out), *([plot] if plot else [])):
         check_writable(file)
