@@ -1,6 +1,5 @@
 """Commands that are interrupted, whatever they are at, end like commands that are not."""
 
-import itertools
 import json
 import re
 import signal
@@ -115,8 +114,8 @@ def test_the_training_of_a_probe_starts_again(tmp_path, monkeypatch):
     data = tmp_path / "data.jsonl"
     data.write_text(
         "\n".join(
-            json.dumps({"prompt": q.prompt, "positive": q.solution, "negative": "No idea."})
-            for q in itertools.islice(mr.pocket.questions.questions("discovery"), 24)
+            json.dumps({"prompt": row["prompt"], "positive": row["solution"], "negative": "No idea."})
+            for row in mr.pocket.dataset("discovery", 24)
         )
     )
     command = ["probe", "train", "--model", "mechreward/pocket", "--data", data, "--layers", "1"]
