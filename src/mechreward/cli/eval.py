@@ -45,7 +45,8 @@ class EvalOptions:
 
     measured: Annotated[str, typer.Argument(help="A finished run's folder, or a model: a folder or a hub id.")]
     data: Annotated[
-        str | None, typer.Option(help="Questions with answers: mechreward/pocket (its default), a hub id or a .jsonl.")
+        str | None,
+        typer.Option(help="Questions: mechreward/pocket (the default for that model), a hub id, or a .jsonl."),
     ] = None
     subset: Subset = None
     split: Annotated[str | None, typer.Option(help="Split of the questions. Default: test; for a file, train.")] = None
@@ -71,8 +72,8 @@ class EvalOptions:
 def evaluate(ctx: typer.Context, *, options: EvalOptions) -> None:
     """Measure how often a model is right, sampled and greedy, with intervals; and what else it can do.
 
-    A run is measured on its own test questions, which no step was trained on. If the command is interrupted, the same
-    command resumes.
+    A run is measured on its own test questions, which no step was trained on.
+    If interrupted, the same command resumes.
 
     Examples: mechreward eval runs/pocket/sum/seed-0
 

@@ -54,7 +54,7 @@ class TrainOptions:
     model: Annotated[str | None, typer.Option(help="A hub id or a folder. Default: the pack's.")] = None
     data: Annotated[
         str | None,
-        typer.Option(help="Questions: mechreward/pocket (its own default), a dataset of the hub, or a .jsonl."),
+        typer.Option(help="Questions: mechreward/pocket (the default for that model), a hub id, or a .jsonl."),
     ] = None
     subset: Subset = None
     split: Annotated[str, typer.Option(help="The split to train on.")] = "train"
@@ -85,8 +85,8 @@ class TrainOptions:
 def train(ctx: typer.Context, *, options: TrainOptions) -> None:
     """Train with GRPO on outcome and features: the runs of an experiment's configuration, or one by options.
 
-    Options make a configuration, which is written into the output folder, to be edited and given as --config. If the
-    command is interrupted, the same command resumes from the last checkpoint; finished runs are left as they are.
+    Options make a configuration, which is written into the output folder, to be edited and given as --config.
+    If interrupted, the same command resumes from the last checkpoint; finished runs are left as they are.
 
     Example: mechreward train --pack pocket/reasoning_pack --steps 30 --learning-rate 1e-4 --output runs/mine
 
