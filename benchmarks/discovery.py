@@ -26,8 +26,8 @@ from mechreward import verifiers
 from mechreward.features.discover import discover
 from mechreward.files import made_now, made_sentence
 from mechreward.readout import HookPoint, Nonlinearity
-from mechreward.rollout.hf import load_model
 from mechreward.rollout.labelled import Labelled, sample_rollouts
+from mechreward.rollout.sampling import load_model
 from mechreward.sae.handle import EncoderColumns, SAEHandle
 
 WIDTHS = (1024, 4096, 16_384)

@@ -51,7 +51,8 @@ from mechreward.reward import base
 from mechreward.reward.base import Reward
 from mechreward.rollout import plain
 from mechreward.rollout.capture import ResidualTap
-from mechreward.rollout.hf import HFSource, sample
+from mechreward.rollout.sampling import sample
+from mechreward.rollout.source import HFSource
 from mechreward.sae.handle import SAEHandle
 
 RESULTS = Path(__file__).parent / "results"

@@ -26,8 +26,9 @@ from mechreward.pocket.questions import Kind, Split, questions
 from mechreward.probes.linear_probe import Probe
 from mechreward.probes.training import train_probe
 from mechreward.readout import ReadoutBank
-from mechreward.rollout.hf import load_model, read_forward, sample
 from mechreward.rollout.labelled import Labelled
+from mechreward.rollout.sampling import load_model, sample
+from mechreward.rollout.source import read_forward
 
 RESULTS = Path(__file__).parent / "results"
 COMMAND = "python benchmarks/probe_auc.py"

@@ -43,8 +43,9 @@ from mechreward.probes.linear_probe import linear_probe, load_probe, save_probe
 from mechreward.probes.training import calibrate, rollout_logits
 from mechreward.readout import HookPoint, ReadoutBank, residual
 from mechreward.rollout.batch import RolloutBatch
-from mechreward.rollout.hf import pooled, read_forward, sample
 from mechreward.rollout.labelled import Labelled
+from mechreward.rollout.sampling import sample
+from mechreward.rollout.source import pooled, read_forward
 from mechreward.sae import formats
 from mechreward.sae.handle import SAEHandle
 from mechreward.sae.registry import load_sae

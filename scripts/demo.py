@@ -24,7 +24,7 @@ from rich.table import Table
 
 import mechreward as mr
 from mechreward import stats
-from mechreward.rollout.hf import sample
+from mechreward.rollout.sampling import sample
 
 OUT = Path("demo")
 QUESTIONS, ROLLOUTS = 16, 8

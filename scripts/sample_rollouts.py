@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mechreward import pocket
 from mechreward.errors import ConfigError, MechRewardError
-from mechreward.rollout.hf import keeping_softcap, sample
+from mechreward.rollout.sampling import keeping_softcap, sample
 
 
 def rendered(tokenizer: Any, question: str) -> str:

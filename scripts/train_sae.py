@@ -32,7 +32,7 @@ from mechreward.extras import require
 from mechreward.files import Made, made_now
 from mechreward.readout import HookPoint
 from mechreward.rollout.capture import text_config
-from mechreward.rollout.hf import keeping_softcap
+from mechreward.rollout.sampling import keeping_softcap
 from mechreward.sae import formats
 from sae_training import (
     Pieces,

@@ -5,7 +5,7 @@ Long work opens a stage, and whatever reads or samples rollouts inside it advanc
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, TypeVar
@@ -52,13 +52,21 @@ def advance(count: int = 1) -> None:
         bars.advance(current, count)
 
 
+@contextmanager
+def counter(name: str, of: int) -> Iterator[Callable[[], None]]:
+    """Open a stage that only the yielded function advances, whatever is read or sampled inside."""
+    with stage(name, of):
+        bars, current = _bars.get(), _stage.get()
+        token = _stage.set(None)
+        try:
+            yield lambda: None if bars is None or current is None else bars.advance(current)
+        finally:
+            _stage.reset(token)
+
+
 def track(items: Iterable[T], name: str, of: int) -> Iterator[T]:
     """Yield the items as a stage that advances with each; what happens to them does not advance it."""
-    with stage(name, of):
-        current = _stage.get()
+    with counter(name, of) as done:
         for item in items:
-            token = _stage.set(None)
             yield item
-            _stage.reset(token)
-            if (bars := _bars.get()) is not None and current is not None:
-                bars.advance(current)
+            done()

@@ -27,7 +27,7 @@ def doctor(
     """
     from mechreward.doctor import examine
     from mechreward.errors import ConfigError
-    from mechreward.rollout.hf import parse_dtype
+    from mechreward.rollout.sampling import parse_dtype
 
     if sae is not None and model is None:
         raise ConfigError("--sae is compared with a model: name it with --model.")

@@ -88,10 +88,10 @@ class OneSidedPenalty(Reward):
         return list(dict.fromkeys([*self.reward.requests, *self.concept.requests]))
 
     def score(self, batch: RolloutBatch, readings: Mapping[Request, Readings], sense: float = 1.0) -> Scores:
-        """Score, then lower.
+        """Score the reward, then lower it.
 
         Raises:
-            RewardError: Somebody subtracts this reward, so that to lower it would raise theirs.
+            RewardError: The caller subtracts this reward, so that to lower it would raise the total.
         """
         if sense < 0:
             raise RewardError(
