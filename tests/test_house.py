@@ -18,7 +18,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 LEVELS = [
     ["errors"],
     ["extras", "schema"],
-    ["stats", "files", "progress", "unfinished", "verifiers", "pocket", "families"],
+    ["stats", "files", "progress", "unfinished", "retry", "verifiers", "pocket", "families"],
     ["readout", "aggregation"],
     ["rollout"],
     ["sae"],

@@ -73,7 +73,7 @@ def same_files(one, other):
 def test_a_gate_goes_on_in_its_sampling_and_behind_it(tmp_path, monkeypatch):
     cut, whole = tmp_path / "cut" / "a.json", tmp_path / "whole" / "a.json"
     code = finished(*GATE, "--out", whole, codes=(0, 1)).exit_code  # 1: it stays a candidate
-    sampled = Stop(monkeypatch, sampling, "_completions", 2)
+    sampled = Stop(monkeypatch, sampling_module, "_completions", 2)
     assert "1 of the rollouts" in interrupted(*GATE, "--out", cut)
     assert not cut.exists()
     Stop(monkeypatch, mr.features.judge, "surprise", 1)

@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -217,7 +217,11 @@ def gemma_scope(
         hook_point = _layer_in(file, r"layer_(\d+)")
     read = NpzReader(file)
     return _handle(
-        file, read, "jumprelu", hook_point, model_name, name, parameters=_thresholds(read), vectors=("threshold",)
+        _Origin(file, hook_point, model_name, name),
+        read,
+        "jumprelu",
+        parameters=_thresholds(read),
+        vectors=("threshold",),
     )
 
 
@@ -239,7 +243,11 @@ def gemma_scope_2(folder: Path, model_name: str | None = None, name: str | None 
     read = Renamed(SafetensorsReader(folder / "params.safetensors"), names)
     model_name = model_name or config.get("model_name")
     return _handle(
-        folder, read, "jumprelu", hook_point, model_name, name, parameters=_thresholds(read), vectors=("threshold",)
+        _Origin(folder, hook_point, model_name, name),
+        read,
+        "jumprelu",
+        parameters=_thresholds(read),
+        vectors=("threshold",),
     )
 
 
@@ -277,12 +285,9 @@ def llama_scope(folder: Path, name: str | None = None) -> SAEHandle:
         ) from error
     read = Renamed(SafetensorsReader(folder / "checkpoints" / "final.safetensors"), _LINEAR, ("W_enc", "W_dec"))
     return _handle(
-        folder,
+        _Origin(folder, hook_point, "meta-llama/Llama-3.1-8B", name),
         read,
         "jumprelu",
-        hook_point,
-        "meta-llama/Llama-3.1-8B",
-        name,
         transform=InputTransform(scale=scale),
         parameters=lambda ids: {"threshold": torch.full((d_sae if ids is None else len(ids),), threshold)},
         with_decoder_norm=with_norm,
@@ -317,12 +322,9 @@ def llama_scope_r1(
         ) from error
     read = Renamed(SafetensorsReader(folder / "sae_weights.safetensors"), _LINEAR, ("W_enc", "W_dec"))
     return _handle(
-        folder,
+        _Origin(folder, hook_point, model_name, name),
         read,
         "jumprelu",
-        hook_point,
-        model_name,
-        name,
         transform=InputTransform(scale=scale),
         parameters=lambda ids: {"threshold": read("log_jumprelu_threshold", ids).exp()},
         with_decoder_norm=with_norm,
@@ -336,7 +338,7 @@ def goodfire(file: Path, model_name: str | None = None, name: str | None = None)
     hook_point = _layer_in(file, r"[-_/]l(\d+)(?:\D|$)")
     suffix = "_linear" if "encoder_linear.weight" in stored.names else ""
     names = {ours: theirs.replace(".", f"{suffix}.") for ours, theirs in _LINEAR.items()}
-    return _handle(file, Renamed(stored, names, ("W_enc", "W_dec")), "relu", hook_point, model_name, name)
+    return _handle(_Origin(file, hook_point, model_name, name), Renamed(stored, names, ("W_enc", "W_dec")), "relu")
 
 
 def qwen_scope(file: Path, k: int | None = None, model_name: str | None = None, name: str | None = None) -> SAEHandle:
@@ -350,7 +352,7 @@ def qwen_scope(file: Path, k: int | None = None, model_name: str | None = None, 
             raise SAEError(f"{file} does not say its k: keep Qwen Scope's folder name (SAE-Res-...-L0_50).")
         k = int(found[-1])
     read = Renamed(TorchReader(file), {}, ("W_enc", "W_dec"))
-    return _handle(file, read, "topk", _layer_in(file, r"layer(\d+)\.sae\.pt"), model_name, name, k=k)
+    return _handle(_Origin(file, _layer_in(file, r"layer(\d+)\.sae\.pt"), model_name, name), read, "topk", k=k)
 
 
 def topk_checkpoint(file: Path, model_name: str | None = None, name: str | None = None) -> SAEHandle:
@@ -367,7 +369,7 @@ def topk_checkpoint(file: Path, model_name: str | None = None, name: str | None 
     layer, model_name = config.get("layer"), model_name or config.get("model")
     hook_point = HookPoint(layer) if type(layer) is int else _layer_in(file, r"[-_/]L(\d+)(?:\D|$)")
     k, transform = read.number("k"), InputTransform(shift=read("b_dec"))
-    return _handle(file, read, "topk", hook_point, model_name, name, transform=transform, k=k)
+    return _handle(_Origin(file, hook_point, model_name, name), read, "topk", transform=transform, k=k)
 
 
 def dictionary_learning(folder: Path, model_name: str | None = None, name: str | None = None) -> SAEHandle:
@@ -409,12 +411,9 @@ def dictionary_learning(folder: Path, model_name: str | None = None, name: str |
         return {part: read(part, ids) for part in ("b_gate", "r_mag", "b_mag")}
 
     return _handle(
-        folder,
+        _Origin(folder, HookPoint(layer), model_name or trainer.get("lm_name"), name),
         read,
         kind,
-        HookPoint(layer),
-        model_name or trainer.get("lm_name"),
-        name,
         transform=InputTransform(shift=read("b_dec")) if subtracts else RAW_INPUT,
         parameters={"jumprelu": threshold, "gated": gates}.get(kind, _nothing),
         k=k,
@@ -467,12 +466,9 @@ def sparsify(folder: Path, model_name: str | None = None, name: str | None = Non
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise SAEError(f"{folder / 'cfg.json'} has no k ({brief(error)}): fetch it again.") from error
     return _handle(
-        folder,
+        _Origin(folder, _layer_in(folder, r"layers[._](\d+)$"), model_name, name),
         read,
         activation,  # pyright: ignore[reportArgumentType] (one of two)
-        _layer_in(folder, r"layers[._](\d+)$"),
-        model_name,
-        name,
         transform=InputTransform(shift=read("b_dec")),
         k=k,
     )
@@ -502,13 +498,26 @@ def _thresholds(read: Reader) -> Parameters:
     return lambda ids: {"threshold": read("threshold", ids)}
 
 
+class _Origin(NamedTuple):
+    """Where an SAE comes from.
+
+    Attributes:
+        where: For errors, and the name if there is none.
+        hook_point: Where it reads.
+        model_name: The model whose activations it was trained on.
+        name: What to call it.
+    """
+
+    where: Path
+    hook_point: HookPoint
+    model_name: str | None
+    name: str | None
+
+
 def _handle(
-    where: Path,
+    origin: _Origin,
     read: Reader,
     kind: Kind,
-    hook_point: HookPoint,
-    model_name: str | None,
-    name: str | None,
     *,
     transform: InputTransform = RAW_INPUT,
     parameters: Parameters = _nothing,
@@ -522,12 +531,9 @@ def _handle(
     """A handle on tensors that the reader calls W_enc [d, n], b_enc, W_dec [n, d] and b_dec.
 
     Args:
-        where: For errors, and the name if there is none.
+        origin: Its file, hook point and names.
         read: The tensors.
         kind: The nonlinearity.
-        hook_point: Where it reads.
-        model_name: The model whose activations it was trained on.
-        name: What to call it.
         transform: What it does to its input.
         parameters: The nonlinearity's, for chosen columns or all.
         k: For ``topk`` and ``groupmax``.
@@ -537,6 +543,7 @@ def _handle(
         vectors: What else the file holds one number a latent of.
         one_threshold: Whether one threshold may stand for all latents.
     """
+    where, hook_point, model_name, name = origin
     d_sae, d_model = (*read.shape("W_dec"), 0, 0)[:2] if shape is None else shape[::-1]
     if not 0 < transform.scale < math.inf or hook_point.layer < 0:
         raise SAEError(f"{where} says scale {transform.scale} and layer {hook_point.layer}: it is damaged.")
