@@ -32,7 +32,7 @@ from mechreward.reward.guards import Guard
 from mechreward.reward.outcome import OutcomeReward
 from mechreward.rollout.batch import RolloutBatch
 from mechreward.rollout.hf import load_model, over_tokens, read_in_pieces
-from mechreward.rollout.labelled import Labelled, sample_rollouts
+from mechreward.rollout.labelled import Labelled, Verifier, sample_rollouts
 from mechreward.sae.handle import SAEHandle
 from mechreward.sae.registry import load_sae
 from mechreward.train.config import Arm, ExperimentConfig, Features
@@ -94,12 +94,22 @@ def build(config: ExperimentConfig, arm: Arm, seed: int) -> CompositeReward:
     parts: list[Reward] = []
     weights = []
     if arm.outcome:
-        parts.append(OutcomeReward(getattr(verifiers, config.verifier), gold_column="answer"))
+        parts.append(outcome_reward(config))
         weights.append(arm.outcome)
     if arm.features is not None:
         parts.append(feature_reward(config, arm.features, seed))
         weights.append(arm.features.weight)
     return CompositeReward(parts, weights, mode=arm.mode)
+
+
+def outcome_reward(config: ExperimentConfig) -> OutcomeReward:
+    """Build the reward for right answers."""
+    return OutcomeReward(verifier(config), gold_column="answer")
+
+
+def verifier(config: ExperimentConfig) -> Verifier:
+    """Return the experiment's verifier."""
+    return getattr(verifiers, config.verifier)
 
 
 def watched(config: ExperimentConfig) -> list[FeatureReward]:
@@ -281,7 +291,7 @@ def discovery_rollouts(config: ExperimentConfig, model: Any, tokenizer: Any, que
         model,
         tokenizer,
         questions,
-        getattr(verifiers, config.verifier),
+        verifier(config),
         config.discovery.rollouts,
         "data.discovery",
         config.discovery.seed,

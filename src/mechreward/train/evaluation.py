@@ -13,7 +13,6 @@ import torch
 import yaml
 from scipy import stats
 
-from mechreward import verifiers
 from mechreward.errors import ConfigError
 from mechreward.pocket.questions import step_accuracy
 from mechreward.reward.feature_reward import FeatureReward
@@ -79,7 +78,7 @@ def evaluate(
     }
     model.train(training)
 
-    verifier = getattr(verifiers, config.verifier)
+    verifier = arms.verifier(config)
     judged = verdicts(verifier, batch.texts, golds(verifier, test["answer"], "answer"))
     solutions: list[Any] = test["solution"] if "solution" in test.column_names else [None] * len(batch)
     rows = []
