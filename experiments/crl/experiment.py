@@ -34,7 +34,6 @@ from crl.method import (
     steered_rollouts,
     update,
 )
-from mechreward import verifiers
 from mechreward.errors import ConfigError
 from mechreward.files import ENVIRONMENT, append, environment, read_jsonl, write_json
 from mechreward.readout import residual
@@ -43,8 +42,7 @@ from mechreward.rollout.source import read_in_pieces
 from mechreward.sae.handle import SAEHandle
 from mechreward.sae.registry import load_sae
 from mechreward.schema import Strict
-from mechreward.train import data, evaluation, runner
-from mechreward.train.arms import NEIGHBOURS, cached_tensors, sampling
+from mechreward.train import arms, data, evaluation, runner
 from mechreward.train.config import Count, ExperimentConfig, NonEmpty, Positive, Rate
 from mechreward.verifiers.golds import gold, golds, verdicts
 
@@ -208,7 +206,7 @@ class Bench:
 
     def answered(self, prompts: Sequence[str], steering: Steering) -> Any:
         """Sample steered rollouts as in training; return them and their choices."""
-        return steered_rollouts(self.model, self.tokenizer, prompts, steering, **sampling(self.config))
+        return steered_rollouts(self.model, self.tokenizer, prompts, steering, **arms.sampling(self.config))
 
     def steering(self, choose: Chooser, directions: Directions | None = None, **how: Any) -> Steering:
         """Make a steering with the experiment's coefficient."""
@@ -217,7 +215,7 @@ class Bench:
 
     def right(self, texts: Sequence[str], answers: Sequence[str]) -> Tensor:
         """Return 1 for a right answer and 0 for any other, ``[n]``."""
-        verifier = getattr(verifiers, self.config.verifier)
+        verifier = arms.verifier(self.config)
         judged = verdicts(verifier, texts, golds(verifier, answers, "answer"))
         return torch.tensor([float(verdict is True) for verdict in judged])
 
@@ -227,7 +225,7 @@ class Bench:
         """Return what several runs need, computed once and kept in the experiment's folder."""
         shared = {key: value for key, value in self.config.budget().items() if key != "evaluation"}
         everything = {**shared, "discovery": self.config.discovery.model_dump(), **cache_key}
-        return cached_tensors(Path(self.config.output), name, everything, compute)
+        return arms.cached_tensors(Path(self.config.output), name, everything, compute)
 
     def discovery(self) -> dict[str, Tensor]:
         """Read unsteered rollouts on ``data.discovery``.
@@ -242,7 +240,7 @@ class Bench:
         questions, config = data.load(self.config.data.discovery), self.config
         torch.manual_seed(config.discovery.seed)
         rollouts, size = config.discovery.rollouts, config.evaluation.batch_size
-        batch = sample(self.model, self.tokenizer, questions["prompt"], rollouts, size, **sampling(config))
+        batch = sample(self.model, self.tokenizer, questions["prompt"], rollouts, size, **arms.sampling(config))
         fired, states = torch.zeros(self.sae.d_sae), []
         both = [self.sae.all_features(), residual(self.sae.hook_point, self.sae.d_model)]
         for _, (latents, stream) in read_in_pieces(self.model, batch, both):
@@ -295,13 +293,13 @@ def bench(config: CRLConfig) -> Bench:
 
 
 def substitutes(firing: Tensor, seed: int) -> Tensor:
-    """Return for each latent another, drawn from the :data:`NEIGHBOURS` nearest in (log) firing rate, ``[d_sae]``."""
+    """Return for each latent another that fires about as often, drawn as for a random control, ``[d_sae]``."""
     rng = np.random.default_rng([seed, 1])
     rate = np.log(np.maximum(firing.double().numpy(), 1e-9))
     others = []
     for latent, own in enumerate(rate):
         order = np.argsort(np.abs(rate - own), kind="stable")
-        others.append(int(rng.choice(order[order != latent][:NEIGHBOURS])))
+        others.append(int(rng.choice(order[order != latent][: arms.NEIGHBOURS])))
     return torch.tensor(others)
 
 

@@ -19,7 +19,6 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from mechreward import verifiers
 from mechreward.features.catalog import load_pack
 from mechreward.hacking.adversarial import AdversarialSuite
 from mechreward.hacking.dual_verifier import Disagreement
@@ -181,7 +180,7 @@ def prepared(config: HackingConfig) -> Defence:
     """Return the defences' parts, made once and kept in the experiment's folder."""
     folder, pack = Path(config.output) / "defence", load_pack(config.pack)
     features = FeatureReward.from_pack(pack)
-    outcome = OutcomeReward(getattr(verifiers, config.verifier), gold_column="answer")
+    outcome = arms.outcome_reward(config)
     sae = load_sae(pack.sae.release, pack.sae.sae_id)
     if not (folder / "learned.json").exists():
         _prepare(config, folder, features, outcome, sae)

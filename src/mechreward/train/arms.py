@@ -31,7 +31,7 @@ from mechreward.reward.feature_reward import FeatureReward
 from mechreward.reward.guards import Guard
 from mechreward.reward.outcome import OutcomeReward
 from mechreward.rollout.batch import RolloutBatch, Scores
-from mechreward.rollout.labelled import Labelled, sample_rollouts
+from mechreward.rollout.labelled import Labelled, Verifier, sample_rollouts
 from mechreward.rollout.sampling import load_model
 from mechreward.rollout.source import over_tokens, read_in_pieces
 from mechreward.sae.handle import SAEHandle
@@ -95,12 +95,22 @@ def build(config: ExperimentConfig, arm: Arm, seed: int) -> CompositeReward:
     parts: list[Reward] = []
     weights = []
     if arm.outcome:
-        parts.append(OutcomeReward(getattr(verifiers, config.verifier), gold_column="answer"))
+        parts.append(outcome_reward(config))
         weights.append(arm.outcome)
     if arm.features is not None:
         parts.append(feature_reward(config, arm.features, seed))
         weights.append(arm.features.weight)
     return CompositeReward(parts, weights, mode=arm.mode)
+
+
+def outcome_reward(config: ExperimentConfig) -> OutcomeReward:
+    """Build the reward for right answers."""
+    return OutcomeReward(verifier(config), gold_column="answer")
+
+
+def verifier(config: ExperimentConfig) -> Verifier:
+    """Return the experiment's verifier."""
+    return getattr(verifiers, config.verifier)
 
 
 def watched(config: ExperimentConfig) -> list[FeatureReward]:
@@ -282,7 +292,7 @@ def discovery_rollouts(config: ExperimentConfig, model: Any, tokenizer: Any, que
         model,
         tokenizer,
         questions,
-        getattr(verifiers, config.verifier),
+        verifier(config),
         config.discovery.rollouts,
         "data.discovery",
         config.discovery.seed,

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import yaml
 
-from mechreward import progress, stats, verifiers
+from mechreward import progress, stats
 from mechreward.errors import ConfigError
 from mechreward.pocket.questions import step_accuracy
 from mechreward.reward.feature_reward import FeatureReward
@@ -79,7 +79,7 @@ def evaluate(
     }
     model.train(training)
 
-    verifier = getattr(verifiers, config.verifier)
+    verifier = arms.verifier(config)
     judged = verdicts(verifier, batch.texts, golds(verifier, test["answer"], "answer"))
     solutions: list[Any] = test["solution"] if "solution" in test.column_names else [None] * len(batch)
     rows = []

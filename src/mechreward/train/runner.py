@@ -26,7 +26,7 @@ import torch
 import transformers
 import yaml
 
-from mechreward import pocket, verifiers
+from mechreward import pocket
 from mechreward.errors import ConfigError, MechRewardError, RewardError, nearest
 from mechreward.extras import require
 from mechreward.features.catalog import load_pack
@@ -34,7 +34,6 @@ from mechreward.files import append, forget_after, write, write_json
 from mechreward.integrations.trl_grpo import STATE_FILE, MechRewardGRPOConfig, MechRewardGRPOTrainer
 from mechreward.recording import METRICS, TRACE, feature_rewards, traced
 from mechreward.reward.feature_reward import FeatureReward
-from mechreward.reward.outcome import OutcomeReward
 from mechreward.rollout.batch import RolloutBatch
 from mechreward.rollout.sampling import keeping_softcap
 from mechreward.rollout.source import HFSource
@@ -116,7 +115,7 @@ def run(
     recording = trainer.recording
     assert recording is not None  # our configuration of TRL asks for it
     # Recorded rollouts have a verdict even where no outcome is rewarded.
-    recording.outcome = recording.outcome or OutcomeReward(getattr(verifiers, config.verifier), gold_column="answer")
+    recording.outcome = recording.outcome or arms.outcome_reward(config)
     trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
 
     # Resume from the last whole checkpoint, and drop what was recorded after it.
@@ -352,7 +351,7 @@ class Recorder(transformers.TrainerCallback):
         tokenizer, rewards = self.trainer.processing_class, feature_rewards(self.watched)
         requests = [reward.request for reward in rewards.values()]
         readings = HFSource(self._model(), tokenizer).read(few := batch.take(rows), requests)
-        outcome = OutcomeReward(getattr(verifiers, self.config.verifier), gold_column="answer")
+        outcome = arms.outcome_reward(self.config)
         records = traced(few, range(len(few)), tokenizer, rewards, readings, outcome)
         where = [{"step": step, "set": "test", "row": row} for row in rows]
         append(self.folder / TRACE, [{**w, **record} for w, record in zip(where, records, strict=True)])
