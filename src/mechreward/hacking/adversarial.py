@@ -51,7 +51,7 @@ PRESETS = ("standard", "strict", "text_only")
 class AdversarialSuite:
     """A guard made of detectors: flags rollouts that look like gaming, and lowers what they earn, or drops them.
 
-    It begins by learning what is usual: from :meth:`calibrate`, or else from the first ``clean`` rollouts of training,
+    It first learns what is usual: from :meth:`calibrate`, or else from the first ``clean`` rollouts of training,
     in which it flags nothing. Half of them teach the detectors; the other half set the thresholds.
 
     Args:
@@ -98,7 +98,7 @@ class AdversarialSuite:
 
     @classmethod
     def from_preset(cls, name: str = "standard", sae: SAEHandle | None = None, clean: int = 2000) -> AdversarialSuite:
-        """A suite by name.
+        """Return a suite by name.
 
         Args:
             name: ``"standard"``: all detectors, flagged rollouts lose their positive feature reward. ``"strict"``: the
@@ -123,7 +123,7 @@ class AdversarialSuite:
         return cls([*text, Filler(), Length(), *activations], action=action, clean=clean)
 
     def attach(self, rewards: Sequence[Any]) -> None:
-        """Say which rewards are guarded; trainers and composites do so themselves."""
+        """Set which rewards are guarded; trainers and composites do so themselves."""
         rewarded = Rewarded(() if self.text_only else rewards)
         for detector in self.detectors:
             detector.attach(rewarded)
@@ -138,7 +138,7 @@ class AdversarialSuite:
 
     @property
     def names(self) -> list[str]:
-        """What flags may begin with."""
+        """The names with which flags may begin."""
         return [detector.name for detector in self.detectors if detector.missing is None]
 
     @property
@@ -147,7 +147,7 @@ class AdversarialSuite:
 
     @property
     def requests(self) -> list[Request]:
-        """What the detectors need read."""
+        """The readouts that the detectors need."""
         return list(dict.fromkeys(request for detector in self._active for request in detector.requests))
 
     # -- what is usual -------------------------------------------------------------------------------------------------
@@ -188,7 +188,7 @@ class AdversarialSuite:
         self._clean_scores.append({name: s.tolist() for name, s in self.scores(batch, readings).items()})
 
     def _take_in(self, batch: RolloutBatch, readings: Mapping[Request, Readings]) -> None:
-        """Another batch of the first rollouts of a training."""
+        """Learn from another batch of a training's first rollouts."""
         if self.seen == 0 and batch.progress > 0:
             logger.warning(
                 "The adversarial suite begins to learn what is usual when %.0f %% of training are done, from a policy "
@@ -201,11 +201,12 @@ class AdversarialSuite:
             self._set_thresholds()
 
     def _set_thresholds(self) -> None:
-        """Thresholds at the k-th largest of n clean scores: a further clean rollout exceeds one with P <= k / (n + 1).
+        """Set thresholds at the k-th largest of n clean scores.
 
-        k is the largest up to :data:`EACH` (n + 1) at which all together flag at most :data:`ALL` with 95 % confidence
-        (Clopper and Pearson's one-sided limit). The fewer the clean rollouts, the higher the thresholds. Counted are
-        rollouts that the others' thresholds would flag: none lies above a largest score that is its own.
+        A further clean rollout exceeds one with P <= k / (n + 1). k is the largest up to :data:`EACH` (n + 1) at which
+        all together flag at most :data:`ALL` with 95 % confidence (Clopper and Pearson's one-sided limit). The fewer
+        the clean rollouts, the higher the thresholds. Rollouts that the others' thresholds would flag are counted: none
+        lies above a largest score that is its own.
         """
         names = [d.name for d in self._active if all(d.name in scores for scores in self._clean_scores)]
         if not names:  # all are disabled
@@ -239,12 +240,12 @@ class AdversarialSuite:
     # -- looking at a batch --------------------------------------------------------------------------------------------
 
     def scores(self, batch: RolloutBatch, readings: Mapping[Request, Readings]) -> dict[str, Tensor]:
-        """Each detector's score of each rollout, ``[B]``: higher is more suspicious, NaN says nothing."""
+        """Return each detector's score of each rollout, ``[B]``: higher is more suspicious; NaN where it has none."""
         found = {d.name: self._try(d, lambda d: _one_each(d.scores(batch, readings), batch)) for d in self._active}
         return {name: scores for name, scores in found.items() if scores is not None}
 
     def _try(self, detector: Detector, act: Any) -> Any:
-        """A detector that raises is out from then on: it must not end a training."""
+        """Run a detector; one that raises is disabled from then on, for it must not end a training."""
         try:
             return act(detector)
         except Exception as error:
@@ -277,7 +278,7 @@ class AdversarialSuite:
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """What was learned, and the thresholds (JSON)."""
+        """Return what was learned, and the thresholds (JSON)."""
         return {
             "seen": self.seen,
             "kept": self._kept,
@@ -298,12 +299,12 @@ class AdversarialSuite:
 
 
 def _at_most(hits: int, n: int) -> float:
-    """The share that lies above what hits of n let one believe, with 95 % confidence: Clopper and Pearson."""
+    """Return the upper limit of a share of which hits of n were seen, with 95 % confidence (Clopper and Pearson)."""
     return 1.0 if hits == n else float(beta.ppf(0.95, hits + 1, n - hits))
 
 
 def _flagged_by_others(clean: Tensor, ordered: Tensor, k: int) -> int:
-    """How many of n rollouts any detector would flag above the k-th largest score of the other n - 1.
+    """Return how many of n rollouts any detector would flag above the k-th largest score of the other n - 1.
 
     For one of the k largest that is the (k + 1)-th largest of all; none of the rest lies above it.
     """

@@ -1,4 +1,4 @@
-"""Signs of gaming that activations show: text, or a model, that does what no clean rollout does."""
+"""Signs of gaming in the activations: text, or a model, that does what no clean rollout does."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from mechreward.sae.handle import SAEHandle
 SHRINK = 0.1
 """Share of the average variance in an estimated covariance: few clean rollouts must not make a direction look still."""
 
-
 WIDTH = 32
 """Random directions in which outliers are looked for."""
 
@@ -26,8 +25,8 @@ LATENTS = ("relu", "jumprelu", "gated", "topk", "groupmax")
 """Nonlinearities under which a column is zero unless its latent fires."""
 
 
-class Usual:
-    """Mean and covariance of clean rollouts' vectors, gathered batch by batch.
+class RunningGaussian:
+    """The mean and covariance of clean rollouts' vectors, gathered batch by batch.
 
     distance: d^2 = (x - mu)' ((1 - s) C + s tr(C)/K I)^-1 (x - mu) / K, s = :data:`SHRINK`: 1 on average.
     """
@@ -37,14 +36,14 @@ class Usual:
         self.total = self.squares = torch.zeros((), dtype=torch.float64)
 
     def add(self, rows: Tensor) -> None:
-        """Take in vectors ``[B, K]``; rows with a NaN are left out."""
+        """Add vectors ``[B, K]``; rows with a NaN are left out."""
         rows = rows[~rows.isnan().any(dim=1)]
         self.count += len(rows)
         self.total = self.total + rows.sum(dim=0)
         self.squares = self.squares + rows.T @ rows
 
     def distance(self, rows: Tensor) -> Tensor:
-        """Mahalanobis distance of each row over sqrt(K), ``[B]``."""
+        """Return the Mahalanobis distance of each row over sqrt(K), ``[B]``."""
         if self.count < 2:
             return torch.full((len(rows),), torch.nan)
         mean = self.total / self.count
@@ -66,7 +65,7 @@ class Distance(Detector):
     """A detector whose score is the Mahalanobis distance of a few numbers per rollout from those of clean rollouts.
 
     Args:
-        reads: Whose activations. The reference sees the text alone; the policy's own move with honest training, too.
+        reads: Whose activations. The reference's depend on the text alone; the policy's move with honest training, too.
     """
 
     what = ""
@@ -77,14 +76,14 @@ class Distance(Detector):
         self.readouts: list[Readout] = []
 
     def forget(self) -> None:
-        self.usual = Usual()
+        self.usual = RunningGaussian()
 
     @property
     def requests(self) -> list[Request]:
         return [Request(readout, self.reads) for readout in self.readouts]
 
     def numbers(self, readings: Readings) -> Tensor:
-        """What is looked at of one readout, ``[B, K]`` float64; NaN where nothing is read."""
+        """Return the numbers of one readout, ``[B, K]`` float64; NaN where nothing is read."""
         return over_tokens(readings, aggregation("mean")).double()
 
     def _rows(self, readings: Mapping[Request, Readings]) -> Tensor:
@@ -144,7 +143,7 @@ class Reconstruction(Distance):
 
     Args:
         sae: Any residual-stream SAE of the model; the rewarded one or another.
-        reads: Whose activations.
+        reads: Whose activations, see :class:`Distance`.
     """
 
     name = "reconstruction"

@@ -1,4 +1,4 @@
-"""DualVerifier: a feature reward that counts only as far as a probe of its own agrees.
+"""DualVerifier: a feature reward that counts only as far as an independent probe agrees.
 
 The idea is one-sided: where the features say that a rollout shows the behaviour and a probe with another training,
 layer or model says that it does not, the features are likely to have been gamed. The evidence for it is modest:
@@ -26,7 +26,7 @@ from mechreward.rollout.batch import RolloutBatch
 
 
 class Disagreement:
-    """Flags rollouts of which the features say yes and the probe says no.
+    """Flags rollouts where the features say yes and the probe says no.
 
     Both are brought to 0..1: the features' raw reward r to the share q(r) of the gate's rollouts that lie below (the
     pack's calibration), the probe's logit to a probability p (Platt's, from the probe's card). Flagged is q(r) - p >
@@ -39,7 +39,7 @@ class Disagreement:
         reads: Whose activations the probe reads.
         action: ``"downweight"`` leaves ``trust`` of a positive feature reward; ``"drop"`` removes the rollout from
             training.
-        trust: What is left of it, 0..1.
+        trust: The share that is left of it, 0..1.
 
     Raises:
         ConfigError: Something is not calibrated, or an option makes no sense.
@@ -82,7 +82,7 @@ class Disagreement:
         return [*self.features.requests, *self.logits.requests]
 
     def said(self, batch: RolloutBatch, readings: Mapping[Request, Readings]) -> tuple[Tensor, Tensor]:
-        """What the features say, q(r), and what the probe says, p: ``[B]`` each in 0..1; NaN where nothing is read."""
+        """Return what the features say, q(r), and what the probe says, p: ``[B]`` in 0..1, or NaN."""
         plain = replace(batch, trust=None)  # raw values: no guard has touched them
         raw = self.features.score(plain, readings).parts["raw"]
         logit = self.logits.score(plain, readings).parts["raw"]
@@ -153,7 +153,7 @@ class DualVerifier(Reward):
         return apply_guards([self.disagreement], batch, readings)
 
     def score(self, batch: RolloutBatch, readings: Mapping[Request, Readings], sense: float = 1.0) -> Scores:
-        """The feature reward's scores, with what both said and how often they disagree."""
+        """Return the feature reward's scores, with what both say and how often they disagree."""
         scores = self.feature_reward.score(batch, readings, sense)
         yes, agrees = self.disagreement.said(batch, readings)
         apart = (yes - agrees)[~(yes - agrees).isnan()]

@@ -1,4 +1,4 @@
-"""Monitors: what watches a training and never enters its reward.
+"""Monitors watch a training and never enter its reward.
 
 A monitor *measures* its own process's rollouts of each generation step, row by row, and *judges* the rows of all
 processes together, so that every process comes to the same figures, alarms and decision to stop. Between the two the
@@ -56,7 +56,7 @@ ROUNDING = 1e-3
 
 @dataclass(frozen=True, eq=False)
 class Observation:
-    """One generation step as a monitor sees it. Everything is a copy: to change it changes nothing.
+    """One generation step as a monitor sees it. Everything is a copy: changing it has no effect on training.
 
     Attributes:
         step: Optimiser steps done so far.
@@ -73,7 +73,7 @@ class Observation:
     _raw: dict[int, Tensor] = field(default_factory=dict)
 
     def raw(self, reward: Reward) -> Tensor:
-        """What a reward says of each rollout, as if no guard had spoken: ``[B]`` float32 on the CPU.
+        """Return a reward's raw scores, before any guard: ``[B]`` float32 on the CPU.
 
         Several monitors may ask for the same reward, such as a slow verifier: it is computed once a step.
         """
@@ -85,7 +85,7 @@ class Observation:
 
 @dataclass(frozen=True)
 class Report:
-    """What a monitor found at a check.
+    """The result of a monitor's check.
 
     Attributes:
         metrics: Figures for the logs; NaN where one is not known, which is not logged.
@@ -101,7 +101,7 @@ class Monitor:
 
     Attributes:
         name: What it is called in logs: ``monitor/{name}/...``; its alarms are ``{name}/...``.
-        alarms: The names of all alarms that it may raise.
+        alarms: The names of all alarms that it can raise.
     """
 
     alarms: tuple[str, ...] = ()
@@ -116,15 +116,15 @@ class Monitor:
 
     @property
     def held_out(self) -> list[Readout]:
-        """The readouts that lose their meaning here once they are rewarded: the trainer warns."""
+        """The readouts that lose their meaning here once they are rewarded; the trainer then warns."""
         return []
 
     def measure(self, seen: Observation) -> Mapping[str, Tensor]:
-        """Named values of this process's own rollouts, ``[B, ...]`` each, with the same names at every step."""
+        """Return named values of this process's rollouts, ``[B, ...]`` each, with the same names at every step."""
         return {}
 
     def judge(self, rows: Rows, logged: Mapping[str, float]) -> Report | None:
-        """Look at the rows of all processes; None where this step is no check.
+        """Judge the rows of all processes; None where this step is not a check.
 
         Args:
             rows: What all processes measured.
@@ -133,17 +133,17 @@ class Monitor:
         return None
 
     def state_dict(self) -> dict[str, Any]:
-        """Baselines and open windows, saved with checkpoints (JSON)."""
+        """Return baselines and open windows, which are saved with checkpoints (JSON)."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore them."""
+        """Restore what :meth:`state_dict` saved."""
 
 
 class Windowed(Monitor):
     """A monitor that judges windows of ``every`` generation steps, the first of which is its baseline.
 
-    A window of which :meth:`figures` finds too little known is passed over, and none becomes the baseline.
+    A window in which :meth:`figures` finds too few known values is skipped, and does not become the baseline.
     """
 
     def __init__(self, name: str, every: int):
@@ -155,15 +155,15 @@ class Windowed(Monitor):
         self._window: list[Rows] = []
 
     def kept(self, rows: Rows) -> Rows:
-        """What of a step's rows the window needs, groups first."""
+        """Return the part of a step's rows that the window needs, groups first."""
         return rows
 
     def figures(self, window: Rows) -> dict[str, float]:
-        """A window in numbers; empty where too little is known."""
+        """Return a window's figures; empty where too little is known."""
         raise NotImplementedError
 
     def compare(self, first: Mapping[str, float], now: Mapping[str, float]) -> Report:
-        """A window beside the first one, which is compared with itself."""
+        """Compare a window with the first one, which is compared with itself."""
         raise NotImplementedError
 
     def judge(self, rows: Rows, logged: Mapping[str, float]) -> Report | None:
@@ -420,7 +420,7 @@ class Collapse(Windowed):
         return {"reward": seen.rewards, "share": over_tokens(Readings(size, read.mask), aggregation("mean"))}
 
     def kept(self, rows: Rows) -> Rows:
-        """Of each group: the variance of its rewards, and each feature's contribution ``[groups, K]``."""
+        """Return each group's variance of rewards, and each feature's contribution ``[groups, K]``."""
         kept = {"variance": _over_group(rows["reward"], lambda r: r.var(ddof=1) if len(r) > 1 else math.nan)}
         if "share" in rows:
             kept["share"] = np.stack([_over_group(column, np.mean) for column in np.moveaxis(rows["share"], 2, 0)], 1)
@@ -538,7 +538,7 @@ class EntropyFloor(Monitor):
 
 
 def grouped_auc(scores: NDArray, right: NDArray, wrong: NDArray) -> tuple[float, float]:
-    """The AUC and its standard error, for rollouts that come in groups (Obuchowski 1997, Biometrics 53, 567-578).
+    """Return the AUC and its standard error for rollouts in groups (Obuchowski 1997, Biometrics 53, 567-578).
 
     With V10 of a right rollout the share of wrong ones below it, V01 of a wrong one the share of right ones above it
     (ties half), m and n their numbers, and a_g and b_g the sums of V10 - AUC and V01 - AUC over group g:
@@ -572,12 +572,12 @@ def _correction(groups: int) -> float:
 
 
 def _share_below(ordered: NDArray, values: NDArray) -> NDArray:
-    """The share of ``ordered`` that is less than each value, ties half."""
+    """Return the share of ``ordered`` that is less than each value, ties half."""
     return (np.searchsorted(ordered, values, "left") + np.searchsorted(ordered, values, "right")) / (2 * len(ordered))
 
 
 def recall_of_the_wrong(right: NDArray, wrong: NDArray) -> float:
-    """The share of wrong rollouts that score below all but 1 % of the right ones; NaN with fewer than 100 of those.
+    """Return the share of wrong rollouts below all but 1 % of the right ones; NaN with fewer than 100 of those.
 
     Args:
         right, wrong: Scores, ``[n_right]`` and ``[n_wrong]``.
@@ -589,13 +589,13 @@ def recall_of_the_wrong(right: NDArray, wrong: NDArray) -> float:
 
 
 def rank(shift: NDArray, held: float = 0.9) -> int:
-    """The fewest principal components (not centred) that hold this share of the sum of squares of ``[n, K]``."""
+    """Return how many principal components (not centred) hold this share of the sum of squares of ``[n, K]``."""
     power = np.square(np.linalg.svd(shift, compute_uv=False))
     return int(np.searchsorted(np.cumsum(power) / power.sum(), held - 1e-12)) + 1
 
 
 def log_diversity(contributions: NDArray) -> tuple[float, float]:
-    """H = -sum_k q_k log q_k, q the columns' shares of the total, and its standard error over the rows ``[n, K]``.
+    """Return H = -sum_k q_k log q_k, q the columns' shares of the total, and its standard error over rows ``[n, K]``.
 
     By the delta method: with C the total of the column means c_k, dH / dc_k = -(log q_k + H) / C.
     """
@@ -608,7 +608,7 @@ def log_diversity(contributions: NDArray) -> tuple[float, float]:
 
 
 def _over_group(values: NDArray, of: Any) -> NDArray:
-    """A statistic of each group's known values, ``[groups, N] -> [groups]``; NaN for a group without any."""
+    """Return a statistic of each group's known values, ``[groups, N] -> [groups]``; NaN for a group without any."""
     return np.array([of(row[~np.isnan(row)]) if not np.isnan(row).all() else math.nan for row in values])
 
 
@@ -622,7 +622,7 @@ def show(
     rewards: Tensor,
     shared: Collection[Request],
 ) -> Observation:
-    """An observation that shares nothing with training.
+    """Return an observation that shares nothing with training.
 
     Args:
         step: Optimiser steps done so far.
@@ -637,8 +637,12 @@ def show(
     }
     own = replace(
         batch,
-        **copy.deepcopy({name: getattr(batch, name) for name in ("prompts", "completions", "columns", "flags")}),
-        **{name: [list(ids) for ids in getattr(batch, name)] for name in ("prompt_ids", "completion_ids")},
+        prompts=copy.deepcopy(batch.prompts),
+        completions=copy.deepcopy(batch.completions),
+        columns=copy.deepcopy(batch.columns),
+        flags=copy.deepcopy(batch.flags),
+        prompt_ids=[list(ids) for ids in batch.prompt_ids],
+        completion_ids=[list(ids) for ids in batch.completion_ids],
         tool_mask=None if batch.tool_mask is None else [list(row) for row in batch.tool_mask],
         trust=None if batch.trust is None else batch.trust.clone(),
         dropped=None if batch.dropped is None else batch.dropped.clone(),
@@ -648,10 +652,10 @@ def show(
 
 
 def measured(monitor: Monitor | Reward, seen: Observation) -> dict[str, Tensor]:
-    """A monitor's rows, each ``[B, ...]``, checked, so that what is wrong is said before processes wait for each other.
+    """Return a monitor's rows, each ``[B, ...]``, checked before processes wait for each other.
 
     Raises:
-        RewardError: They are no tensors of B rows.
+        RewardError: They are not tensors of B rows.
     """
     rows = {"": seen.raw(monitor)} if isinstance(monitor, Reward) else dict(monitor.measure(seen))
     for name, values in rows.items():
@@ -662,7 +666,7 @@ def measured(monitor: Monitor | Reward, seen: Observation) -> dict[str, Tensor]:
 
 @contextmanager
 def untouched_randomness() -> Iterator[None]:
-    """Give back every global random generator as it was: nothing that is drawn inside moves training."""
+    """Restore every global random generator afterwards, so that nothing drawn inside changes training."""
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
     python, numpy = random.getstate(), np.random.get_state()
     try:
@@ -674,7 +678,7 @@ def untouched_randomness() -> Iterator[None]:
 
 
 def rewarded_columns(readout: Readout, rewarded: Sequence[Readout]) -> int:
-    """How many of a readout's columns some rewarded readout at the same hook point has too."""
+    """Return how many of a readout's columns some rewarded readout at the same hook point has too."""
     if readout in rewarded:
         return readout.width
     mine = _columns(readout)
@@ -687,7 +691,7 @@ def rewarded_columns(readout: Readout, rewarded: Sequence[Readout]) -> int:
 
 
 def _columns(readout: Readout) -> Tensor:
-    """The encoder columns that it gives as they are, ``[K, d_model]``."""
+    """Return the encoder columns whose readings a readout gives unchanged, ``[K, d_model]``."""
     if readout.summary is not None:
         return readout.weight.T[:0]
     return (readout.weight if readout.keep is None else readout.weight[:, readout.keep]).T

@@ -75,7 +75,7 @@ class OneSidedPenalty(Reward):
                     f"'{part.__name__}' has aggregation='per_token', which acts through the advantages, past any "
                     "penalty of a rollout: choose another aggregation."
                 )
-        self.rewards, self.concept = [reward], concept  # `rewards`, as whoever walks the tree expects
+        self.rewards, self.concept = [reward], concept  # `rewards`: see mechreward.reward.guards.all_within
         self.alpha, self.form, self.eps = alpha, form, eps
 
     @property
@@ -91,10 +91,10 @@ class OneSidedPenalty(Reward):
         return self.reward.guard(batch, readings)
 
     def score(self, batch: RolloutBatch, readings: Mapping[Request, Readings], sense: float = 1.0) -> Scores:
-        """Score, then lower.
+        """Score the reward, then lower it.
 
         Raises:
-            RewardError: Somebody subtracts this reward, so that to lower it would raise theirs.
+            RewardError: The caller subtracts this reward, so that to lower it would raise the total.
         """
         if sense < 0:
             raise RewardError(

@@ -1,4 +1,4 @@
-"""How hard the KL penalty pulls: a fixed coefficient, a schedule, or a target that the coefficient follows.
+"""The strength of the KL penalty: a fixed coefficient, a schedule, or a target that the coefficient follows.
 
 The unit is TRL's own, of its logged ``kl``: nats a token, the mean over completion tokens of Schulman's estimator k3 =
 pi_ref / pi - log(pi_ref / pi) - 1 (``GRPOTrainer._compute_loss``), which is never negative. Ziegler et al. count nats a
@@ -19,7 +19,7 @@ CLIP = 0.2
 
 
 def adapted(beta: float, kl: float, target: float) -> float:
-    """The next coefficient of the adaptive controller (Ziegler et al. 2019, arXiv 1909.08593, section 2.2).
+    """Return the next coefficient of the adaptive controller (Ziegler et al. 2019, arXiv 1909.08593, section 2.2).
 
     e = clip(kl / target - 1, -0.2, 0.2);  beta <- beta (1 + 0.1 e).
 
@@ -33,7 +33,7 @@ def adapted(beta: float, kl: float, target: float) -> float:
 
 
 def scheduled(start: float, end: float, step: int, steps: int) -> float:
-    """The coefficient of step 0, 1, ..., steps - 1: a straight line that begins at ``start`` and ends at ``end``."""
+    """Return the coefficient of step 0, 1, ..., steps - 1, on a straight line from ``start`` to ``end``."""
     return start + (end - start) * min(1.0, step / max(1, steps - 1))
 
 
@@ -41,7 +41,7 @@ def check_options(config: Any) -> None:
     """Refuse options of a MechRewardGRPOConfig that make no sense.
 
     Raises:
-        ConfigError: A coefficient, target or floor that cannot be.
+        ConfigError: A coefficient, target or floor is out of range.
     """
     beta, target, end, floor = config.beta, config.kl_target, config.beta_end, config.entropy_floor
     if target is not None and end is not None:

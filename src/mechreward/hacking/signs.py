@@ -1,7 +1,7 @@
-"""Signs of gaming that the text shows: each detector gives every rollout one number, higher for more suspicious.
+"""Signs of gaming in the text: each detector gives every rollout one number, higher for more suspicious.
 
-A detector learns from clean rollouts what is usual, where it needs to; from which number on it flags is decided by
-:class:`~mechreward.hacking.adversarial.AdversarialSuite`, on other clean rollouts.
+A detector learns from clean rollouts what is usual, where it needs to. Its threshold is set on other clean rollouts, by
+:class:`~mechreward.hacking.adversarial.AdversarialSuite`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mechreward.hacking.dual_verifier import DualVerifier
+from mechreward.hacking.penalty import OneSidedPenalty
 from mechreward.readout import Readings, Request
+from mechreward.reward.composition import CompositeReward
 from mechreward.reward.feature_reward import FeatureReward
 from mechreward.reward.guards import all_within, repeated_ngrams
 from mechreward.reward.outcome import OutcomeReward
@@ -42,14 +45,14 @@ _STRUCTURE = {  # each in linear time: ^\s* would go over a run of empty lines f
 
 
 class Rewarded:
-    """What the guarded feature rewards pay: sum_i w_i r_i over all of them, wherever they are nested.
+    """The guarded feature rewards, sum_i w_i r_i over all of them, however deep they are nested.
 
     Args:
-        rewards: Rewards as a trainer or composite has them.
+        rewards: Rewards as a trainer or composite has them; others than ours are passed over.
     """
 
     def __init__(self, rewards: Sequence[Any] = ()):
-        self.features = [part for reward in rewards for part in _parts(reward, 1.0)]
+        self.features = [part for reward in rewards for part in _features(reward, 1.0)]
         self.outcome = next((reward for reward in all_within(rewards) if isinstance(reward, OutcomeReward)), None)
 
     @property
@@ -57,11 +60,11 @@ class Rewarded:
         return [request for reward, _ in self.features for request in reward.requests]
 
     def per_rollout(self, batch: RolloutBatch, readings: Mapping[Request, Readings]) -> Tensor:
-        """``[B]``; NaN where nothing is read."""
+        """Return what each rollout is paid, ``[B]``; NaN where nothing is read."""
         return sum((w * reward.aggregated(readings) for reward, w in self.features), start=torch.zeros(len(batch)))
 
     def per_token(self, batch: RolloutBatch, readings: Mapping[Request, Readings]) -> Tensor:
-        """``[B, T]`` on the CPU; 0 where nothing is read."""
+        """Return what each token is paid, ``[B, T]`` on the CPU; 0 where nothing is read."""
         total = torch.zeros(batch.mask().shape)
         for reward, weight in self.features:
             read = readings[reward.request]
@@ -69,25 +72,21 @@ class Rewarded:
         return total
 
     def right(self, batch: RolloutBatch) -> Tensor:
-        """The outcome, ``[B]``; NaN where it is not known."""
+        """Return the outcome, ``[B]``; NaN where it is not known."""
         return torch.full((len(batch),), torch.nan) if self.outcome is None else self.outcome.score(batch, {}).values
 
 
-def _parts(reward: Any, weight: float) -> Iterator[tuple[FeatureReward, float]]:
-    """The feature rewards in a reward, with their weights."""
+def _features(reward: Any, weight: float) -> Iterator[tuple[FeatureReward, float]]:
+    """Yield the feature rewards in a reward, with their weights."""
     if isinstance(reward, FeatureReward):
         yield reward, weight
-        return
-    for part, own in _inside(reward):
-        yield from _parts(part, weight * own)
-
-
-def _inside(reward: Any) -> Iterator[tuple[Any, float]]:
-    """What a composite, a OneSidedPenalty or a DualVerifier is made of, with the weights."""
-    if hasattr(reward, "rewards"):
-        yield from zip(reward.rewards, getattr(reward, "weights", [1.0] * len(reward.rewards)), strict=True)
-    if hasattr(reward, "feature_reward"):
-        yield reward.feature_reward, 1.0
+    elif isinstance(reward, CompositeReward):
+        for part, own in zip(reward.rewards, reward.weights, strict=True):
+            yield from _features(part, weight * own)
+    elif isinstance(reward, OneSidedPenalty):
+        yield from _features(reward.reward, weight)
+    elif isinstance(reward, DualVerifier):
+        yield reward.feature_reward, weight
 
 
 class Detector:
@@ -95,8 +94,8 @@ class Detector:
 
     Attributes:
         name: What its flags begin with.
-        missing: Why it cannot say anything here, or None.
-        learned: Names of the attributes that :meth:`learn` makes, for checkpoints (JSON).
+        missing: Why it cannot work here, or None.
+        learned: Names of the attributes that :meth:`learn` sets, for checkpoints (JSON).
     """
 
     name = ""
@@ -108,36 +107,35 @@ class Detector:
         self.forget()
 
     def attach(self, rewarded: Rewarded) -> None:
-        """Take note of the rewards that are guarded."""
+        """Receive the rewards that are guarded."""
         self.rewarded = rewarded
 
     @property
     def requests(self) -> list[Request]:
-        """The readouts that it needs."""
+        """Return the readouts that it needs."""
         return []
 
     def forget(self) -> None:
-        """Be as before the first clean rollout."""
+        """Reset."""
 
     def learn(self, batch: RolloutBatch, readings: Mapping[Request, Readings]) -> None:
-        """Take in clean rollouts."""
+        """Learn from clean rollouts."""
 
     def scores(self, batch: RolloutBatch, readings: Mapping[Request, Readings]) -> Tensor:
-        """``[B]`` float32 on the CPU, higher for more suspicious; NaN where nothing can be said."""
+        """Return ``[B]`` float32 on the CPU, higher for more suspicious; NaN where there is nothing to go by."""
         raise NotImplementedError
 
     def reason(self, score: float, usual: float) -> str:
-        """Why a rollout is flagged, in words; ``usual`` is the threshold."""
+        """Return why a rollout is flagged, in words; ``usual`` is the threshold."""
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
-        """What was learned (JSON)."""
-        return {name: getattr(self, name) for name in self.learned}
+        """Return what was learned (JSON)."""
+        return {name: vars(self)[name] for name in self.learned}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from there."""
-        for name in self.learned:
-            setattr(self, name, state[name])
+        """Restore what :meth:`state_dict` saved."""
+        vars(self).update({name: state[name] for name in self.learned})
 
 
 class Repetition(Detector):
