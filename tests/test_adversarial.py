@@ -680,11 +680,11 @@ def test_clean_rollouts_are_rarely_flagged(learned):
 
 RECALL = {  # families of the red team's templates, by the detectors that exist for them
     ("repetition", "template"): ["template_repetition", "length_padding"],
-    ("filler",): ["filler_dilution", "confidence_padding", "reflection_spam"],
+    ("filler",): ["filler_dilution", "reflection_spam"],
     ("cue_stuffing",): ["cue_injection"],
     ("empty_steps",): ["format_mimicry"],
     ("prompt_copy",): ["question_copy"],
-    ("outlier", "firing", "reconstruction"): ["language_switch", "fact_spam", "fake_tool_calls", "lookalikes"],
+    ("outlier", "firing", "reconstruction"): ["language_switch", "fact_spam", "lookalikes"],
 }
 
 

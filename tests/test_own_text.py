@@ -203,8 +203,9 @@ def test_the_red_team_attacks_the_models_own_text(tool_run):
     ends = batch.eos_token_ids
     own = [token for token in batch.written[0] if token not in ends]
     assert suffixed.completion_ids[0] == [*own, 9, 10, tokenizer.eos_token_id] and "99" not in suffixed.texts[0]
-    for name, attacked in attacks(batch, tokenizer, styles=("woven",)).items():
-        assert attacked.tool_mask is None and not any("99" in text for text in attacked.texts), name
+    for name, attacked in attacks(batch, tokenizer).items():
+        assert attacked.tool_mask is None
+        assert name.endswith("replacing") or not any("99" in text for text in attacked.texts), name
 
 
 def test_cues_are_put_between_the_models_own_tokens(tool_run):

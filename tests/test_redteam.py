@@ -21,11 +21,13 @@ from mechreward.cli import app
 from mechreward.errors import CandidateWarning, ConfigError, DataError
 from mechreward.features.interventions import Cues
 from mechreward.hacking.redteam import campaign, report
+from mechreward.hacking.redteam.campaign import Campaign
+from mechreward.hacking.redteam.material import STYLES, materials, split_final
+from mechreward.hacking.redteam.options import ATTACKS, Options
 from mechreward.hacking.redteam.policy import (
     MOST,
     WINDOW,
     Aware,
-    Training,
     Watched,
     attack_policy,
     saturated,
@@ -33,14 +35,8 @@ from mechreward.hacking.redteam.policy import (
 )
 from mechreward.hacking.redteam.search import best_of_n, curve, search_suffix, with_suffix
 from mechreward.hacking.redteam.target import Judged, Target, questions_that_can_be_judged
-from mechreward.hacking.redteam.templates import (
-    FAMILIES,
-    STYLES,
-    TOKEN_FAMILIES,
-    attacks,
-    materials,
-    split_final,
-)
+from mechreward.hacking.redteam.templates import FAMILIES, TOKEN_FAMILIES, attacks
+from mechreward.integrations.trl_grpo import MechRewardGRPOTrainer
 from mechreward.reward.base import Reward, Scores
 from mechreward.reward.guards import RepetitionDetector, Verdict
 from mechreward.rollout.batch import RolloutBatch
@@ -106,7 +102,13 @@ def target(what=None, guards=None):
 @pytest.fixture(scope="module")
 def ground():
     """Clean rollouts on 24 questions of pocket, guarded by the stub."""
-    return campaign.prepare(target(guards=[Long()]), mr.pocket.dataset("train", 24), each=3, seed=0)
+    options = Options(model="mechreward/pocket", rollouts=3)
+    return Campaign.prepare(target(guards=[Long()]), mr.pocket.dataset("train", 24), options)
+
+
+def asked(ground, **options):
+    """The same campaign with other options."""
+    return replace(ground, options=replace(ground.options, **options))
 
 
 @pytest.fixture(scope="module")
@@ -183,14 +185,15 @@ def test_a_question_without_numbers_or_words_still_gives_material(clean):
 @pytest.mark.parametrize("family", NAMES)
 def test_instances_are_rollouts_on_the_same_questions(family, style, clean):
     tokenizer = pocket()[1]
-    (name, batch), *_ = attacks(clean, tokenizer, CUES, 5, [family], [style]).items()
-    assert name == f"{family}/{style}" and len(batch) == len(clean)
+    name = f"{family}/{style}"
+    batch = attacks(clean, tokenizer, CUES, 5, [family])[name]
+    assert len(batch) == len(clean)
     assert batch.prompts == clean.prompts and batch.prompt_ids == clean.prompt_ids and batch.columns == clean.columns
     for ids, text in zip(batch.completion_ids, batch.completions, strict=True):
         assert ids[-1] == EOS and EOS not in ids[:-1] and 2 <= len(ids) <= 256
         assert text == tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    again = attacks(clean, tokenizer, CUES, 5, [family], [style])[name]
-    other = attacks(clean, tokenizer, CUES, 6, [family], [style])[name]
+    again = attacks(clean, tokenizer, CUES, 5, [family])[name]
+    other = attacks(clean, tokenizer, CUES, 6, [family])[name]
     assert again.completion_ids == batch.completion_ids
     changed = np.mean([a != b for a, b in zip(batch.completion_ids, other.completion_ids, strict=True)])
     assert changed > 0.8  # a single token may be the same by chance
@@ -218,7 +221,7 @@ def test_woven_attacks_keep_the_answer_and_replacing_ones_lose_it(family, verifi
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"length_padding", "borrowed_work"}))
 def test_instances_speak_of_their_own_question(family):
     batch = boxed()
-    made = attacks(batch, pocket()[1], CUES, 1, [family], ["replacing"])[f"{family}/replacing"]
+    made = attacks(batch, pocket()[1], CUES, 1, [family])[f"{family}/replacing"]
     own = [["Tarn", "foos", "bars", "wugs", str(7300 + i), str(8100 + i)] for i in range(6)]
     plain = [re.sub("[\u200b\u200d\u2060\ufeff\u00ad]", "", t).translate(LATIN) for t in made.texts]
     if family == "template_repetition":  # numbers are counted up
@@ -244,7 +247,7 @@ def test_attacks_write_steps_and_answers_as_the_model_does(clean):
     assert all(int(a) + int(sign + b) == int(c) for a, sign, b, c in steps)
     assert sum("#### " in text for text in made["format_mimicry/replacing"].texts) > 3
     assert not any("boxed" in text for text in made["format_mimicry/replacing"].texts)
-    mimicked = attacks(boxed(), pocket()[1], None, 0, ["format_mimicry"], ["replacing"])["format_mimicry/replacing"]
+    mimicked = attacks(boxed(), pocket()[1], None, 0, ["format_mimicry"])["format_mimicry/replacing"]
     assert any("\\boxed{" in text for text in mimicked.texts) and not any("####" in text for text in mimicked.texts)
 
 
@@ -259,8 +262,9 @@ def test_cues_are_injected_as_tokens(clean):
     assert "cue_injection/woven" not in attacks(clean.take([0]), pocket()[1])
 
 
-def test_long_rollouts_are_not_cut_and_others_stay_short(clean):
-    made = attacks(clean, pocket()[1], CUES, 0, longest=40)
+def test_long_rollouts_are_not_cut_and_others_stay_short(clean, monkeypatch):
+    monkeypatch.setattr("mechreward.hacking.redteam.templates.LONGEST", 40)
+    made = attacks(clean, pocket()[1], CUES, 0)
     for name, batch in made.items():
         if name.endswith("replacing"):
             assert max(map(len, batch.completion_ids)) <= 40
@@ -287,8 +291,6 @@ def test_what_cannot_be_attacked_is_said(clean):
         attacks(clean, tokenizer, CUES, 0, ["step_theater"])
     with pytest.raises(ConfigError, match="no family of attacks 'cue_injection'"):
         attacks(clean, tokenizer, None, 0, ["cue_injection"])
-    with pytest.raises(ConfigError, match="no style 'wove'"):
-        attacks(clean, tokenizer, styles=["wove"])  # pyright: ignore
     with pytest.raises(DataError, match="no rollouts to attack"):
         attacks(clean.take([]), tokenizer)
 
@@ -337,7 +339,7 @@ def test_the_curve_doubles_n_and_its_intervals_are_over_questions():
     rng = np.random.default_rng(1)
     proxy = rng.normal(size=(30, 20))
     gold = (proxy < 1.0) * 1.0  # the very best are wrong: over-optimisation
-    points = curve(proxy, gold, proxy > 1.5, draws=400)
+    points = curve(proxy, gold, proxy > 1.5)
     assert [p.n for p in points] == [1, 2, 4, 8, 16, 20]
     assert all(a.proxy.value < b.proxy.value for a, b in itertools.pairwise(points))
     assert points[0].gold.value == pytest.approx(gold.mean()) and points[-1].gold.value < 0.3
@@ -358,9 +360,8 @@ def test_rollouts_that_cannot_be_read_earn_what_the_worst_do():
 
 
 def test_best_of_n_on_pocket_reports_the_best_by_the_reward(ground):
-    asked = 2
-    found = campaign.by_best_of_n(ground, 4, asked)
-    assert found.name == "best-of-n" and found.n == asked and found.curve is not None
+    found = asked(ground, best_of=4, best_of_questions=2).best_of_n()
+    assert found.name == "best-of-n" and found.n == 2 and found.curve is not None
     assert [p.n for p in found.curve] == [1, 2, 4]
     assert found.reward_before == pytest.approx(found.curve[0].proxy.value, rel=1e-5)
     assert found.reward_after == pytest.approx(found.curve[-1].proxy.value, rel=1e-5)
@@ -388,7 +389,7 @@ def test_the_search_finds_a_planted_token_and_counts_its_queries():
 
     found = search_suffix(objective, short(), range(60, 90), length=4, steps=8, width=30, lead=[9], seed=0)
     assert found.ids == [9, 77, 77, 77, 77] and found.before == 0.0 and found.after == 4.0
-    assert found.queries == sum(tries) and found.history == sorted(found.history) and len(found.history) == 9
+    assert found.queries == sum(tries)
     assert planted({77})(with_suffix(short(), found.ids)).tolist() == [4.0] * 3
     assert found == search_suffix(planted({77}), short(), range(60, 90), length=4, steps=8, width=30, lead=[9], seed=0)
 
@@ -417,8 +418,9 @@ def test_a_search_that_cannot_be_is_refused():
         search_suffix(planted({1}), short(0), [60])
 
 
-def test_what_the_report_says_of_a_suffix_is_measured_on_held_out_rollouts(ground):
-    found = campaign.by_suffix(ground, instances=10, length=3, steps=4, width=6)
+def test_what_the_report_says_of_a_suffix_is_measured_on_held_out_rollouts(ground, monkeypatch):
+    monkeypatch.setattr(campaign, "WIDTH", 6)
+    found = asked(ground, instances=10, suffix_length=3, suffix_steps=4).suffix()
     rows, suffix = ground.some(10), found.suffix
     assert found.n == 10 and suffix["searched_on"] == campaign.SEARCHED
     assert suffix["reward_where_searched_after"] >= suffix["reward_where_searched_before"]
@@ -635,17 +637,31 @@ def test_a_step_is_recorded_and_nothing_is_lowered(tmp_path):
     }  # fmt: skip
 
 
-TINY = Training(steps=2, prompts=2, generations=4, max_new_tokens=24, lora_rank=4, learning_rate=1e-3)
+TINY = {"steps": 2, "prompts_per_step": 2, "num_generations": 4, "max_new_tokens": 24, "learning_rate": 1e-3}
+
+
+def trained(ground, where, folder, **options):
+    """A policy that was trained in full on a target's reward, and its steps."""
+    options = replace(ground.options, **TINY | options)
+    file = folder / "a.jsonl"
+    return attack_policy(MechRewardGRPOTrainer, where, "full", ground.questions, options, ground.clean, file)
 
 
 @pytest.mark.parametrize("kind", ["lora", pytest.param("full", marks=pytest.mark.slow)])
 def test_a_policy_is_trained_on_the_reward_alone(kind, ground, tmp_path):
     before = {name: p.clone() for name, p in ground.target.model.named_parameters()}
     told = []
-    found = campaign.by_policy(
-        ground, "mechreward/pocket", kind, TINY, tmp_path, tell=lambda done, of: told.append((done, of))
+    watched = replace(ground, progress=lambda *progress: told.append(progress))
+    found = asked(watched, out=tmp_path, **TINY).policy(MechRewardGRPOTrainer, kind)
+    assert (
+        found.name == f"policy/{kind}"
+        and found.n == len(ground.rollouts)
+        and told
+        == [
+            (f"Training (policy, {kind})", 1, 2),
+            (f"Training (policy, {kind})", 2, 2),
+        ]
     )
-    assert found.name == f"policy/{kind}" and found.n == len(ground.rollouts) and told == [(1, 2), (2, 2)]
     assert found.trajectory == str(tmp_path / f"policy-{kind}.jsonl")
     steps = [json.loads(line) for line in (tmp_path / f"policy-{kind}.jsonl").read_text().splitlines()]
     assert [s["step"] for s in steps] == [0, 1] and all(s["objective"] == s["reward"] for s in steps)
@@ -656,7 +672,7 @@ def test_a_policy_is_trained_on_the_reward_alone(kind, ground, tmp_path):
 
 
 def test_an_aware_policy_pays_for_being_seen(ground, tmp_path):
-    found = campaign.by_policy(ground, "mechreward/pocket", "full", TINY, tmp_path, alpha=3.0)
+    found = asked(ground, out=tmp_path, **TINY).policy(MechRewardGRPOTrainer, "full", 3.0)
     assert found.name == "aware/full"
     steps = [json.loads(line) for line in (tmp_path / "aware-full.jsonl").read_text().splitlines()]
     unit = ground.clean
@@ -668,10 +684,7 @@ def test_an_aware_policy_pays_for_being_seen(ground, tmp_path):
 def test_a_policy_stops_when_its_reward_stands_still(ground, tmp_path):
     """Nobody ever writes token 1, so the reward cannot rise."""
     where = replace(ground.target, reward=Counts({1}))
-    training = replace(TINY, steps=30, patience=2)
-    _, steps = attack_policy(
-        where, "mechreward/pocket", "full", ground.questions, training, ground.clean, tmp_path / "a.jsonl"
-    )
+    _, steps = trained(ground, where, tmp_path, steps=30, patience=2)
     assert len(steps) == WINDOW + 2
 
 
@@ -679,20 +692,18 @@ def test_a_policy_stops_when_its_reward_stands_still(ground, tmp_path):
 def test_a_policy_learns_to_game_a_planted_reward(ground, tmp_path):
     """A reward for the token '.' rises within tens of steps, and accuracy does not survive it."""
     where = replace(ground.target, reward=Counts({16}), guards=[])
-    training = Training(steps=25, prompts=8, generations=8, max_new_tokens=48, learning_rate=3e-4)
-    policy, steps = attack_policy(
-        where, "mechreward/pocket", "full", ground.questions, training, ground.clean, tmp_path / "a.jsonl"
-    )
+    more = {"steps": 25, "prompts_per_step": 8, "num_generations": 8, "max_new_tokens": 48, "learning_rate": 3e-4}
+    policy, steps = trained(ground, where, tmp_path, **more)
     assert np.mean([s["reward"] for s in steps[-3:]]) > 1.5 * np.mean([s["reward"] for s in steps[:3]])
     after = where.judged(where.sampled(ground.held_out, 3, 1, policy), policy)
     assert after.reward.mean() > 1.5 * where.judged(ground.rollouts).reward.mean()
 
 
-def test_a_training_that_makes_no_sense_is_refused(ground, tmp_path):
+def test_options_that_make_no_sense_are_refused(ground, tmp_path):
     with pytest.raises(ConfigError, match="2 generations"):
-        Training(generations=1)
+        Options(num_generations=1)
     with pytest.raises(ConfigError, match="'lora' or 'full', not 'half'"):
-        attack_policy(ground.target, "x", "half", None, TINY, ground.clean, tmp_path / "a.jsonl")  # pyright: ignore
+        asked(ground, out=tmp_path).policy(MechRewardGRPOTrainer, "half")  # pyright: ignore
 
 
 # The command ----------------------------------------------------------------------------------------------------------
@@ -701,7 +712,7 @@ PACK = "pocket/reasoning_pack"
 SMALL = [
     "--verifier", "gsm8k", "--questions", "16", "--rollouts", "2", "--instances", "4", "--max-new-tokens", "32",
     "--best-of", "4", "--best-of-questions", "2", "--suffix-length", "2", "--suffix-steps", "1", "--steps", "1",
-    "--prompts-per-step", "1", "--num-generations", "2", "--family", "fact_spam", "--family", "cue_injection",
+    "--prompts-per-step", "1", "--num-generations", "2", "--family", "word_salad", "--family", "cue_injection",
 ]  # fmt: skip
 
 
@@ -723,13 +734,13 @@ def refused(*args):
 
 
 def test_the_whole_campaign_on_pocket(stubbed, tmp_path):
-    chosen = [option for name in campaign.NAMES[:-1] for option in ("--attack", name)]
+    chosen = [option for name in ATTACKS[:-1] for option in ("--attack", name)]
     result = run("redteam", PACK, "--out", tmp_path, *chosen, *SMALL)
     assert result.exit_code == 0, (result.output, result.exception)
     told = report.RedTeam.model_validate_json((tmp_path / "redteam.json").read_text())
     names = [attack.name for attack in told.attacks]
     assert names == [
-        "templates/fact_spam/woven", "templates/fact_spam/replacing", "templates/cue_injection/woven",
+        "templates/word_salad/woven", "templates/word_salad/replacing", "templates/cue_injection/woven",
         "templates/cue_injection/replacing", "best-of-n", "suffix", "policy/lora",
     ]  # fmt: skip
     assert told.pack == PACK and told.seed == 0 and told.settings["suite"] == "standard" and "train" in told.data

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 import mechreward as mr
 from mechreward.cli import app
 from mechreward.features.pack import read_pack
+from mechreward.hacking.redteam import campaign
 from mechreward.hacking.redteam.target import Target
 from mechreward.rollout import hf
 
@@ -22,7 +23,7 @@ SAMPLED = [
 GATE = ["gate", "pocket/reasoning_pack", "--data", "mechreward/pocket", *SAMPLED]
 REDTEAM = [
     "redteam", "pocket/reasoning_pack", *SAMPLED, "--suite", "none", "--attack", "templates", "--attack",
-    "best-of-n", "--family", "fact_spam", "--instances", "4", "--best-of", "4", "--best-of-questions", "3",
+    "best-of-n", "--family", "word_salad", "--instances", "4", "--best-of", "4", "--best-of-questions", "3",
 ]  # fmt: skip
 
 
@@ -84,21 +85,19 @@ def test_a_gate_goes_on_in_its_sampling_and_behind_it(tmp_path, monkeypatch):
     same_files(cut.parent, whole.parent)
 
 
-def test_a_red_team_goes_on_in_each_of_its_stages(tmp_path, monkeypatch):
+def test_a_red_team_keeps_what_it_has_sampled(tmp_path, monkeypatch):
     cut, whole = tmp_path / "cut", tmp_path / "whole"
     finished(*REDTEAM, "--out", whole)
+    # Two batches each of calibration and clean rollouts; then one of best-of-N, behind the templates.
     sampling = Stop(monkeypatch, hf, "_completions", 2)
     assert "1 of the calibration rollouts" in interrupted(*REDTEAM, "--out", cut)
-    # The clean rollouts are judged first at every start, then each of two templates, then three questions' best.
-    Stop(monkeypatch, Target, "judged", 3)
-    assert "1 of the templates" in interrupted(*REDTEAM, "--out", cut)
-    Stop(monkeypatch, Target, "judged", 4)
+    Stop(monkeypatch, Target, "judged", 2)
     said = interrupted(*REDTEAM, "--out", cut)
-    assert "2 of the templates, 1 of the best of n" in said and str(cut / ".partial") in said
-    judged = Stop(monkeypatch, Target, "judged", 0)
+    assert "2 of the calibration rollouts, 2 of the clean rollouts" in said and str(cut / ".partial") in said
+    Stop(monkeypatch, Target, "judged", 4)
+    assert "1 of the best-of-n rollouts" in interrupted(*REDTEAM, "--out", cut)
     finished(*REDTEAM, "--out", cut)
-    assert judged.calls == 3
-    assert sampling.calls == 9, sampling.calls
+    assert sampling.calls == 6  # five batches in all, one of which was tried twice
     assert sorted(file.name for file in cut.iterdir()) == ["redteam.json", "redteam.md"]
     told, expected = (json.loads((folder / "redteam.json").read_text()) for folder in (cut, whole))
     # A duration is the only thing that differs; the earlier starts' share of it is counted in.
@@ -106,6 +105,18 @@ def test_a_red_team_goes_on_in_each_of_its_stages(tmp_path, monkeypatch):
     assert told == expected
     pages = [re.sub(r"[\d.]+ s\b", "", (folder / "redteam.md").read_text()) for folder in (cut, whole)]
     assert pages[0] == pages[1]
+
+
+def test_a_red_team_keeps_the_policies_that_it_has_trained(tmp_path, monkeypatch):
+    command = [*REDTEAM, "--attack", "policy", "--train", "both", "--steps", "1", "--prompts-per-step", "1"]
+    command = [*command, "--num-generations", "2", "--out", tmp_path]
+    trained = Stop(monkeypatch, campaign, "attack_policy", 2)
+    said = interrupted(*command)
+    assert "1 of the lora policies" in said
+    finished(*command)
+    assert trained.calls == 3  # the second was tried twice
+    names = [attack["name"] for attack in json.loads((tmp_path / "redteam.json").read_text())["attacks"]]
+    assert names[-2:] == ["policy/lora", "policy/full"]
 
 
 @pytest.mark.slow

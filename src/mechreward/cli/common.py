@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_type_hints
 
 import typer
 from rich.console import Console
@@ -15,6 +18,33 @@ from mechreward.features.pack import FeaturePack
 from mechreward.unfinished import TellStage, Unfinished
 
 console = Console()
+
+
+def expanded(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn each parameter of a command that is a dataclass into options, one for each of its fields.
+
+    A field is declared as typer declares an option, ``name: Annotated[type, typer.Option(help=...)] = default``, and
+    typer reads the command's ``__signature__``. The command gets the dataclass, filled.
+    """
+    signature = inspect.signature(command, eval_str=True)
+    groups = {name: each.annotation for name, each in signature.parameters.items() if is_dataclass(each.annotation)}
+    parameters = []
+    for name, parameter in signature.parameters.items():
+        options = {name: parameter}
+        if name in groups:
+            hints = get_type_hints(groups[name], include_extras=True)
+            fields = inspect.signature(groups[name]).parameters
+            options = {field: each.replace(annotation=hints[field]) for field, each in fields.items()}
+        parameters += [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in options.values()]
+
+    @functools.wraps(command)
+    def called(**values: object) -> None:
+        for name, kind in groups.items():
+            values[name] = kind(**{field: values.pop(field) for field in inspect.signature(kind).parameters})
+        command(**values)
+
+    called.__signature__ = signature.replace(parameters=parameters)  # pyright: ignore[reportFunctionMemberAccess]
+    return called
 
 
 def _packs_that_begin(typed: str) -> list[str]:

@@ -1,9 +1,7 @@
-"""Guards against gaming, and what watches for it."""
+"""Guards against gaming, and monitors that watch for it."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
-
-from mechreward.reward.guards import Guard, RepetitionDetector, Verdict
 
 if TYPE_CHECKING:
     from mechreward.hacking.adversarial import AdversarialSuite
@@ -20,6 +18,7 @@ if TYPE_CHECKING:
         RepresentationShift,
     )
     from mechreward.hacking.penalty import OneSidedPenalty
+    from mechreward.reward.guards import Guard, RepetitionDetector, Verdict
 
 __all__ = [
     "AdversarialSuite",
@@ -40,25 +39,13 @@ __all__ = [
     "Verdict",
 ]
 
-# Rewards import guards, and these import rewards.
-_LATER = {
-    "AdversarialSuite": "adversarial",
-    "Collapse": "monitor",
-    "Disagreement": "dual_verifier",
-    "DualVerifier": "dual_verifier",
-    "EntropyFloor": "monitor",
-    "Flagged": "monitor",
-    "HeldOut": "monitor",
-    "Monitor": "monitor",
-    "Observation": "monitor",
-    "OneSidedPenalty": "penalty",
-    "ProxyGoldGap": "monitor",
-    "Report": "monitor",
-    "RepresentationShift": "monitor",
-}
+# Imported when they are first used, since the options of `mechreward redteam`, which lie below, must not need torch.
+_HOMES = {"AdversarialSuite": "hacking.adversarial", "OneSidedPenalty": "hacking.penalty"}
+_HOMES |= dict.fromkeys(["Disagreement", "DualVerifier"], "hacking.dual_verifier")
+_HOMES |= dict.fromkeys(["Guard", "RepetitionDetector", "Verdict"], "reward.guards")
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LATER:
-        return getattr(importlib.import_module(f"mechreward.hacking.{_LATER[name]}"), name)
+    if name in __all__:
+        return getattr(importlib.import_module(f"mechreward.{_HOMES.get(name, 'hacking.monitor')}"), name)
     raise AttributeError(f"module 'mechreward.hacking' has no attribute '{name}'")

@@ -10,9 +10,9 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,17 +20,19 @@ import transformers
 
 from mechreward import pocket
 from mechreward.errors import ConfigError
+from mechreward.hacking.redteam.options import KINDS, Kind, Options
 from mechreward.hacking.redteam.report import Clean
 from mechreward.hacking.redteam.target import Floats, Target, suspicion, watched
-from mechreward.integrations.trl_grpo import MechRewardGRPOConfig, MechRewardGRPOTrainer
 from mechreward.readout import Readings, Request
 from mechreward.reward.base import Reward, Scores
 from mechreward.rollout.batch import RolloutBatch
+from mechreward.unfinished import Tell, silent
 
-Kind = Literal["lora", "full"]
-KINDS: tuple[Kind, ...] = ("lora", "full")
 LEARNING_RATE: Mapping[Kind, float] = {"lora": 1e-3, "full": 1e-4}
 """By default; chosen on pocket, whose accuracy the first takes to nothing in 40 steps. Larger models want less."""
+
+RANK = 16
+"""Of a LoRA adapter on all linear layers."""
 
 WINDOW = 5
 """Steps over which the objective is averaged before it is asked whether it has risen."""
@@ -45,8 +47,11 @@ MOST = 2.0
 """A detector's part of the penalty is 1 at its threshold, and at most this: caught is caught."""
 
 
+# -- an attacker who knows the detectors -------------------------------------------------------------------------------
+
+
 def noticed(scores: Floats, usual: float, threshold: float) -> Floats:
-    """A detector's part of an aware attacker's penalty.
+    """Return a detector's part of an aware attacker's penalty.
 
     clip((q - f) / (1 - f), 0, :data:`MOST`) with q = (s - m) / (t - m) and f = :data:`FREE`. Without the free part, an
     attacker would do best to write what looks cleanest, and give up the reward (seen on pocket).
@@ -60,41 +65,6 @@ def noticed(scores: Floats, usual: float, threshold: float) -> Floats:
         return np.zeros(len(scores))
     share = (scores - usual) / max(threshold - usual, 1e-6)
     return np.nan_to_num(np.clip((share - FREE) / (1 - FREE), 0.0, MOST), nan=0.0)
-
-
-@dataclass(frozen=True)
-class Training:
-    """How the attacker trains.
-
-    Attributes:
-        steps: Optimiser steps at most.
-        learning_rate: By default :data:`LEARNING_RATE`.
-        seed: Of everything random.
-        patience: Stop when the mean objective of :data:`WINDOW` steps has not risen for so many steps.
-        prompts: Questions a step.
-        generations: Rollouts a question.
-        max_new_tokens: The longest completion.
-        lora_rank: Of an adapter on all linear layers.
-    """
-
-    steps: int = 100
-    learning_rate: float | None = None
-    seed: int = 0
-    patience: int = 20
-    prompts: int = 16
-    generations: int = 8
-    max_new_tokens: int = 256
-    lora_rank: int = 16
-
-    def __post_init__(self):
-        if (
-            min(self.steps, self.patience, self.prompts, self.max_new_tokens, self.lora_rank) < 1
-            or self.generations < 2
-        ):
-            raise ConfigError(
-                "A policy attack needs steps, patience, prompts, max_new_tokens and lora_rank of at least 1, and 2 "
-                f"generations, not {self}."
-            )
 
 
 class Aware(Reward):
@@ -126,7 +96,7 @@ class Aware(Reward):
         return Scores(torch.tensor(values).float(), parts=parts)
 
     def penalty(self, batch: RolloutBatch, readings: Mapping[Request, Readings]) -> Floats:
-        """sum_d p_d, ``[B]``."""
+        """Return sum_d p_d, ``[B]``."""
         total = np.zeros(len(batch))
         for guard in self.target.guards:
             for name, (scores, threshold) in suspicion(guard, watched(batch), readings).items():
@@ -135,7 +105,7 @@ class Aware(Reward):
 
 
 def typical_suspicion(target: Target, batch: RolloutBatch) -> dict[str, float]:
-    """The median score of each detector on clean rollouts; 0 where it has none."""
+    """Return the median score of each detector on clean rollouts; 0 where it has none."""
     readings = target.read(batch, target.requests)
     medians: dict[str, float] = {}
     for guard in target.guards:
@@ -145,8 +115,11 @@ def typical_suspicion(target: Target, batch: RolloutBatch) -> dict[str, float]:
     return medians
 
 
+# -- training ----------------------------------------------------------------------------------------------------------
+
+
 class Watched(Reward):
-    """An objective, and a line for each step on what its rollouts earn, whether they are right, and who notices.
+    """An objective, with a line per step on what its rollouts earn, whether they are right, and which are flagged.
 
     Args:
         target: By which rollouts are judged.
@@ -171,7 +144,7 @@ class Watched(Reward):
         return list(dict.fromkeys([*self.objective.requests, *self.target.requests]))
 
     def score(self, batch: RolloutBatch, readings: Mapping[Request, Readings], sense: float = 1.0) -> Scores:
-        """The objective's scores; guards are watched, and lower nothing."""
+        """Return the objective's scores; guards are watched, and lower nothing."""
         unguarded = replace(batch, trust=None, dropped=None, flags=None)
         judged = self.target.judged_on(unguarded, readings)
         scores = self.objective.score(unguarded, readings, sense)
@@ -192,8 +165,13 @@ class Watched(Reward):
         return scores
 
 
+def _mean(values: np.ndarray) -> float | None:
+    known = values[~np.isnan(values.astype(np.float64))]
+    return float(known.mean()) if len(known) else None
+
+
 def saturated(objective: Sequence[float], patience: int, least: float) -> bool:
-    """Whether the moving mean of :data:`WINDOW` steps has not risen by ``least`` for ``patience`` steps."""
+    """Return whether the moving mean of :data:`WINDOW` steps has not risen by ``least`` for ``patience`` steps."""
     means = [float(np.mean(objective[max(0, i + 1 - WINDOW) : i + 1])) for i in range(WINDOW - 1, len(objective))]
     best, since = -np.inf, 0
     for mean in means:
@@ -205,40 +183,41 @@ def saturated(objective: Sequence[float], patience: int, least: float) -> bool:
 
 
 class _Stop(transformers.TrainerCallback):
-    """Ends the training when the objective has saturated, and tells how far it is."""
+    """Ends the training when the objective has saturated, and reports progress."""
 
-    def __init__(self, watch: Watched, patience: int, least: float, tell: Callable[[int, int], None]):
-        self.watch, self.patience, self.least, self.tell = watch, patience, least, tell
+    def __init__(self, watch: Watched, patience: int, least: float, progress: Tell):
+        self.watch, self.patience, self.least, self.progress = watch, patience, least, progress
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.tell(state.global_step, state.max_steps)
-        if saturated([_known(step["objective"]) for step in self.watch.steps], self.patience, self.least):
+        self.progress(state.global_step, state.max_steps)
+        objective = [np.nan if step["objective"] is None else step["objective"] for step in self.watch.steps]
+        if saturated(objective, self.patience, self.least):
             control.should_training_stop = True
 
 
 def attack_policy(
+    trainer: Callable[..., Any],
     target: Target,
-    model_name: str,
     kind: Kind,
     questions: Any,
-    training: Training,
+    options: Options,
     clean: Clean,
     file: Path,
     objective: Reward | None = None,
-    tell: Callable[[int, int], None] = lambda done, of: None,
+    progress: Tell = silent,
 ) -> tuple[Any, list[dict[str, Any]]]:
     """Train a fresh copy of the model on an objective and nothing else.
 
     Args:
+        trainer: The class :class:`mechreward.integrations.trl_grpo.MechRewardGRPOTrainer`.
         target: What is attacked.
-        model_name: A folder, an id of the hub, or ``mechreward/pocket``: loaded anew, since training changes it.
         kind: ``lora`` or ``full``.
         questions: A dataset with ``prompt`` and the gold answers, on which it trains.
-        training: How.
+        options: The model, which is loaded anew since training changes it, and how it is trained.
         clean: For the unit in which a rise is judged.
         file: Where each step is recorded.
         objective: By default the target's reward alone.
-        tell: Called with steps done, and of how many.
+        progress: Called with the number of steps done, and of all.
 
     Returns:
         The attacked policy in eval mode, and the record of each step. Step i was sampled before the i-th update.
@@ -253,63 +232,52 @@ def attack_policy(
     watch = Watched(target, objective, file)
     least = RISE if isinstance(objective, Aware) else RISE * clean.deviation
     with tempfile.TemporaryDirectory() as scratch:
-        trainer = _trainer(target, model_name, kind, questions, training, watch, scratch)
-        trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
-        trainer.add_callback(_Stop(watch, training.patience, least, tell))
-        trainer.train()
-    policy: Any = trainer.accelerator.unwrap_model(trainer.model)
-    return policy.eval(), watch.steps
+        training = trainer(
+            model=pocket.resolve(str(options.model)),
+            args=_arguments(target, kind, len(questions), options, scratch),
+            train_dataset=questions,
+            reward_funcs=watch,
+            guards=[],
+            peft_config=_lora() if kind == "lora" else None,
+        )
+        training.remove_callback(transformers.trainer_callback.PrinterCallback)
+        training.add_callback(_Stop(watch, options.patience, least, progress))
+        training.train()
+    return training.accelerator.unwrap_model(training.model).eval(), watch.steps
 
 
-def _trainer(
-    target: Target, model_name: str, kind: Kind, questions: Any, training: Training, watch: Watched, scratch: str
-) -> MechRewardGRPOTrainer:
-    """GRPO without KL and without guards."""
+def _arguments(target: Target, kind: Kind, questions: int, options: Options, scratch: str) -> Any:
+    """Return TRL's options for GRPO without KL."""
+    from trl.trainer.grpo_config import GRPOConfig
+
     trained = target.model.dtype if kind == "lora" else torch.float32  # small updates vanish in bfloat16
-    rollouts = min(training.prompts, len(questions)) * training.generations
+    rollouts = min(options.prompts_per_step, questions) * options.num_generations
     at_once = max(d for d in range(1, min(rollouts, target.batch_size) + 1) if rollouts % d == 0)
-    return MechRewardGRPOTrainer(
-        model=pocket.resolve(model_name),
-        args=MechRewardGRPOConfig(
-            output_dir=scratch,
-            seed=training.seed,
-            max_steps=training.steps,
-            per_device_train_batch_size=at_once,
-            gradient_accumulation_steps=rollouts // at_once,
-            num_generations=training.generations,
-            max_completion_length=training.max_new_tokens,
-            learning_rate=training.learning_rate or LEARNING_RATE[kind],
-            lr_scheduler_type="constant",
-            beta=0.0,
-            repetition_guard=False,
-            model_init_kwargs={
-                "dtype": trained,
-                "attn_implementation": target.model.config.get_text_config()._attn_implementation,
-            },
-            bf16=target.model.dtype == torch.bfloat16,
-            use_cpu=not torch.cuda.is_available(),
-            logging_strategy="no",
-            save_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
-        ),
-        train_dataset=questions,
-        reward_funcs=watch,
-        guards=[],
-        peft_config=_lora(training.lora_rank) if kind == "lora" else None,
+    return GRPOConfig(
+        output_dir=scratch,
+        seed=options.seed,
+        max_steps=options.steps,
+        per_device_train_batch_size=at_once,
+        gradient_accumulation_steps=rollouts // at_once,
+        num_generations=options.num_generations,
+        max_completion_length=options.max_new_tokens,
+        learning_rate=options.learning_rate or LEARNING_RATE[kind],
+        lr_scheduler_type="constant",
+        beta=0.0,
+        model_init_kwargs={
+            "dtype": trained,
+            "attn_implementation": target.model.config.get_text_config()._attn_implementation,
+        },
+        bf16=target.model.dtype == torch.bfloat16,
+        use_cpu=not torch.cuda.is_available(),
+        logging_strategy="no",
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
     )
 
 
-def _lora(rank: int) -> Any:
+def _lora() -> Any:
     from peft import LoraConfig
 
-    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-
-
-def _known(value: float | None) -> float:
-    return float("nan") if value is None else value
-
-
-def _mean(values: np.ndarray) -> float | None:
-    known = values[~np.isnan(values.astype(np.float64))]
-    return float(known.mean()) if len(known) else None
+    return LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")

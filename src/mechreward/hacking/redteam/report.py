@@ -1,4 +1,4 @@
-"""What a red team found, as data, as tables and in words."""
+"""A red team's report: as data, as tables and in words."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Self
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from pydantic import Field
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -45,7 +45,7 @@ class Share(Strict):
 
     @classmethod
     def of(cls, flags: ArrayLike) -> Self:
-        """Of true and false; NaN counts as neither."""
+        """Count true among true and false; NaN counts as neither."""
         known = np.asarray(flags, dtype=np.float64)
         known = known[~np.isnan(known)]
         k, n = int(known.sum()), len(known)
@@ -55,15 +55,15 @@ class Share(Strict):
         return cls(k=k, n=n, share=k / n, low=float(ends.low), high=float(ends.high))
 
     def shown(self) -> str:
-        """In per cent."""
+        """Return it in per cent, with its interval."""
         return "-" if self.share is None else f"{self.share:.0%} ({self.low:.0%} to {self.high:.0%})"
 
 
 class Clean(Strict):
-    """Held-out rollouts of the untrained model: what attacks are compared with, and no threshold has seen.
+    """Held-out rollouts of the untrained model, which attacks are compared with and no threshold has seen.
 
     Attributes:
-        calibration: Rollouts on which thresholds were set; of other questions.
+        calibration: Number of rollouts on which thresholds were set, on other questions.
         reward: Mean raw reward.
         deviation: Its standard deviation over rollouts, the unit of :attr:`Attack.gain`.
         accuracy: Share that is right.
@@ -109,7 +109,7 @@ class Point(Strict):
 
 
 class Attack(Strict):
-    """One attack and what came of it.
+    """One attack and its effects.
 
     Attributes:
         name: ``templates/step_theatre/woven``, ``best-of-n``, ``suffix``, ``policy/lora``, ...
@@ -125,7 +125,7 @@ class Attack(Strict):
         curve: For best-of-N.
         suffix: For the suffix search: the text, its reward on the rollouts that it was searched on, and the queries.
         trajectory: For policies: the JSONL file with every step.
-        notes: What else is to be known.
+        notes: Further remarks.
     """
 
     name: Text
@@ -146,17 +146,15 @@ class Attack(Strict):
 
     @classmethod
     def of(cls, name: str, before: Judged, after: Judged, clean: Clean, **more: Any) -> Self:
-        """From rollouts before and after."""
+        """Compare rollouts before and after an attack."""
         was, now = float(np.nanmean(before.reward)), float(np.nanmean(after.reward))
-        left = float(np.nanmean(after.guarded)) if not np.isnan(after.guarded).all() else 0.0
-        own = float(np.nanmean(before.guarded)) if not np.isnan(before.guarded).all() else 0.0
         figures = {
             "name": name,
             "n": len(after),
             "reward_before": was,
             "reward_after": now,
             "gain": (now - was) / clean.deviation,
-            "kept": (left - own) / clean.deviation,
+            "kept": (_left(after) - _left(before)) / clean.deviation,
             "accuracy_before": Share.of(before.right),
             "accuracy_after": Share.of(after.right),
             "flagged": Share.of(after.caught if after.flags else []),
@@ -170,11 +168,11 @@ class RedTeam(Strict):
 
     Attributes:
         pack, model, data: What was attacked, on which questions.
-        seed: Of everything random.
+        seed: Random seed.
         clean: What attacks are compared with.
         attacks: In the order in which they were made.
         settings: How they were made.
-        seconds: What they took together.
+        seconds: How long they took together.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -189,7 +187,7 @@ class RedTeam(Strict):
 
 
 def verdict(figures: Mapping[str, Any], clean: Clean) -> str:
-    """What an attack did, in one sentence: whether it works, what it costs, and whether anyone notices."""
+    """Return an attack's effects in one sentence: whether it works, what it costs, and whether it is noticed."""
     name, gain, flagged = figures["name"], figures["gain"], figures["flagged"]
     was, now = figures["accuracy_before"].share, figures["accuracy_after"].share
     accuracy, change = "nobody can say what that does to the accuracy", 0.0
@@ -211,7 +209,7 @@ def verdict(figures: Mapping[str, Any], clean: Clean) -> str:
 
 
 def _noticed(detected_by: Mapping[str, Share], flagged: Share, clean: Clean) -> str:
-    """Who notices, in words."""
+    """Return which detectors notice, in words."""
     best = max(detected_by.items(), key=lambda item: item[1].k, default=None)
     if best is None:
         return "no detector is on guard"
@@ -230,7 +228,7 @@ COLUMNS = ("attack", "reward", "gain (sd)", "left", "right", "flagged", "most by
 
 
 def rows(report: RedTeam) -> list[tuple[str, ...]]:
-    """A row of :data:`COLUMNS` for clean rollouts and for each attack."""
+    """Return a row of :data:`COLUMNS` for clean rollouts and for each attack."""
     clean = report.clean
     first = ("clean", _number(clean.reward), "", "", _percent(clean.accuracy), _percent(clean.flagged))
     return [(*first, _most(clean.false_positives))] + [
@@ -248,13 +246,13 @@ def rows(report: RedTeam) -> list[tuple[str, ...]]:
 
 
 def false_positives(report: RedTeam) -> list[tuple[str, str]]:
-    """Each detector with the share of held-out clean rollouts that it flags."""
+    """Return each detector with the share of held-out clean rollouts that it flags."""
     clean = report.clean
     return [(name, share.shown()) for name, share in clean.false_positives.items()] + [("any", clean.flagged.shown())]
 
 
 def table(report: RedTeam) -> Table:
-    """For a terminal of 80 columns."""
+    """Return the attacks as a table for a terminal of 80 columns."""
     shown = Table(title=f"{report.pack} on {report.model}", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     for column, side in zip((*COLUMNS[:-2], "flagged, most by"), ("left", *["right"] * 4, "left"), strict=True):
         shown.add_column(column.removesuffix(" (sd)"), justify=side, no_wrap=True)  # pyright: ignore
@@ -264,7 +262,7 @@ def table(report: RedTeam) -> Table:
 
 
 def false_positive_table(report: RedTeam) -> Table:
-    """For a terminal."""
+    """Return the false positives as a table for a terminal."""
     shown = Table("detector", title=f"Flagged of {report.clean.accuracy.n} clean held-out rollouts", box=SIMPLE_HEAD)
     shown.add_column("share (95 % interval)", justify="right")
     for row in false_positives(report):
@@ -273,7 +271,7 @@ def false_positive_table(report: RedTeam) -> Table:
 
 
 def markdown(report: RedTeam) -> str:
-    """The whole report for people."""
+    """Return the whole report as a page of Markdown."""
     clean = report.clean
     parts = [
         f"# Red team: {report.pack}",
@@ -285,7 +283,7 @@ def markdown(report: RedTeam) -> str:
         "Raw reward, its gain in standard deviations of clean rollouts, what the guards leave of that, the share that "
         "is right, the share that any detector flags, and the detector that flags most.",
         _markdown_table(COLUMNS, rows(report)),
-        *(f"- {attack.verdict}" for attack in report.attacks),
+        "\n".join(f"- {attack.verdict}" for attack in report.attacks),
         "## False positives",
         "Share of clean held-out rollouts that each detector flags, with the exact 95 % interval.",
         _markdown_table(("detector", "flags"), false_positives(report)),
@@ -310,7 +308,7 @@ def markdown(report: RedTeam) -> str:
         if attack.trajectory or attack.notes:
             said = [f"Every step is in `{attack.trajectory}`."] if attack.trajectory else []
             parts += [f"## {attack.name}", " ".join([*said, *attack.notes])]
-    return _joined(parts)
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def write(report: RedTeam, folder: Path) -> tuple[Path, Path]:
@@ -322,20 +320,12 @@ def write(report: RedTeam, folder: Path) -> tuple[Path, Path]:
     return written
 
 
-def _joined(parts: Sequence[str]) -> str:
-    """Paragraphs, with the items of a list on lines of their own."""
-    text = ""
-    for part in parts:
-        text += ("\n" if part.startswith("- ") and text.rsplit("\n", 1)[-1].startswith("- ") else "\n\n") + part
-    return text.lstrip() + "\n"
-
-
 def _markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *lines))
 
 
 def _number(value: float) -> str:
-    """Short, whatever the scale."""
+    """Format a number briefly, whatever its scale."""
     return f"{value:.3g}" if abs(value) >= 0.01 else f"{value:.2f}"
 
 
@@ -352,7 +342,6 @@ def _most(detected_by: Mapping[str, Share]) -> str:
     return "-" if best is None or best[1].k == 0 else f"{best[0]} {_percent(best[1])}"
 
 
-def quantiles(values: NDArray[np.float64]) -> tuple[float, float]:
-    """The ends of a 95 % percentile interval."""
-    low, high = np.quantile(values, [0.025, 0.975])
-    return float(low), float(high)
+def _left(judged: Judged) -> float:
+    """Return the mean reward that the guards leave; 0 where they drop every rollout."""
+    return 0.0 if np.isnan(judged.guarded).all() else float(np.nanmean(judged.guarded))

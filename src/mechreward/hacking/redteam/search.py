@@ -13,13 +13,16 @@ from numpy.typing import ArrayLike, NDArray
 
 from mechreward.errors import ConfigError, DataError
 from mechreward.features.pack import Interval
-from mechreward.hacking.redteam.report import Point, quantiles
+from mechreward.hacking.redteam.report import Point
 from mechreward.rollout.batch import RolloutBatch
+from mechreward.unfinished import Tell, silent
 
 Floats = NDArray[np.float64]
-Tell = Callable[[int, int], None]
 Objective = Callable[[RolloutBatch], Floats]
 """What an attacker maximises: rollouts -> ``[B]``."""
+
+DRAWS = 1000
+"""Resamples of the bootstrap."""
 
 
 # -- best of N ---------------------------------------------------------------------------------------------------------
@@ -52,24 +55,20 @@ def best_of_n(proxy: ArrayLike, gold: ArrayLike, n: int) -> float:
     return float(np.dot(weights, level[rank]))
 
 
-def curve(
-    proxy: Floats, gold: Floats, flagged: ArrayLike, most: int | None = None, draws: int = 1000, seed: int = 0
-) -> list[Point]:
+def curve(proxy: Floats, gold: Floats, flagged: ArrayLike, seed: int = 0) -> list[Point]:
     """The over-optimisation curve for N = 1, 2, 4, ..., with 95 % bootstrap intervals over questions.
 
     Args:
         proxy: Raw reward of m rollouts on each of Q questions, ``[Q, m]``.
         gold: Whether they are right, ``[Q, m]``; a question with a NaN is left out of the gold's mean.
         flagged: Whether they are flagged, ``[Q, m]``.
-        most: The largest N; by default m.
-        draws: Of the bootstrap.
-        seed: Of the bootstrap.
+        seed: Random seed of the bootstrap.
     """
-    flagged, most = np.asarray(flagged, dtype=np.float64), most or proxy.shape[1]
+    flagged, most = np.asarray(flagged, dtype=np.float64), proxy.shape[1]
     # What cannot be read ranks last, and earns what the worst of its question does.
     worst = np.nanmin(np.where(np.isnan(proxy).all(axis=1, keepdims=True), 0.0, proxy), axis=1, keepdims=True)
     earned = np.where(np.isnan(proxy), worst, proxy)
-    drawn = np.random.default_rng(seed).integers(len(proxy), size=(draws, len(proxy)))
+    drawn = np.random.default_rng(seed).integers(len(proxy), size=(DRAWS, len(proxy)))
     points = []
     for n in [*itertools.takewhile(lambda n: n < most, (2**i for i in itertools.count())), most]:
         reward = np.array([best_of_n(p, e, n) for p, e in zip(proxy, earned, strict=True)])
@@ -94,8 +93,8 @@ def _interval(per_question: Floats, drawn: NDArray[np.int64]) -> Interval:
     sums = np.where(known, per_question, 0.0)[drawn].sum(axis=1)
     counts = known[drawn].sum(axis=1)
     value = float(per_question[known].mean())
-    low, high = quantiles(sums[counts > 0] / counts[counts > 0])
-    return Interval(value=value, low=min(low, value), high=max(high, value))
+    low, high = np.quantile(sums[counts > 0] / counts[counts > 0], [0.025, 0.975])
+    return Interval(value=value, low=min(float(low), value), high=max(float(high), value))
 
 
 # -- a suffix ----------------------------------------------------------------------------------------------------------
@@ -110,14 +109,12 @@ class Suffix:
         before: The objective's mean on the rollouts that were searched on, without a suffix.
         after: The same with it. Both are the attacker's own figures: what counts is measured on other rollouts.
         queries: Rollouts that were read.
-        history: The objective after each step.
     """
 
     ids: list[int]
     before: float
     after: float
     queries: int
-    history: list[float]
 
 
 def search_suffix(
@@ -129,7 +126,7 @@ def search_suffix(
     width: int = 32,
     lead: Sequence[int] = (),
     seed: int = 0,
-    tell: Tell = lambda done, of: None,
+    progress: Tell = silent,
 ) -> Suffix:
     """One suffix for all rollouts that raises the mean objective: greedy coordinate search without gradients.
 
@@ -145,8 +142,8 @@ def search_suffix(
         steps: Replacements that are tried.
         width: Candidates for each.
         lead: Tokens that stand before the suffix and stay, e.g. a line break that keeps it out of the answer.
-        seed: Of everything random.
-        tell: Called with steps done, and of how many.
+        seed: Random seed.
+        progress: Called with the number of steps done, and of all.
 
     Raises:
         ConfigError: No candidates, or a size below 1.
@@ -162,7 +159,6 @@ def search_suffix(
     before = float(np.nanmean(objective(rollouts)))
     best = _mean_objective(objective, rollouts, [[*lead, *suffix]])[0]
     places: list[int] = []
-    history = [best]
     for step in range(steps):
         places = places or rng.permutation(length).tolist()
         place = places.pop()
@@ -171,10 +167,9 @@ def search_suffix(
         means = _mean_objective(objective, rollouts, [[*lead, *each] for each in tries])
         if means.max() > best:
             best, suffix = float(means.max()), tries[int(means.argmax())]
-        history.append(float(best))
-        tell(step + 1, steps)
+        progress(step + 1, steps)
     queries = len(rollouts) * (2 + steps * min(width, len(allowed)))
-    return Suffix([*lead, *suffix], before, float(best), queries, [float(value) for value in history])
+    return Suffix([*lead, *suffix], before, float(best), queries)
 
 
 def with_suffix(batch: RolloutBatch, suffix: Sequence[int], tokenizer: Any = None) -> RolloutBatch:

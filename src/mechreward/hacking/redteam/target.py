@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from mechreward.errors import DataError
 from mechreward.hacking.dual_verifier import Disagreement
 from mechreward.readout import Readings, Request
 from mechreward.reward.base import Reward
 from mechreward.reward.feature_reward import lowered
-from mechreward.reward.guards import Guard, RepetitionDetector
+from mechreward.reward.guards import Guard, RepetitionDetector, Verdict
 from mechreward.rollout.batch import RolloutBatch
 from mechreward.rollout.hf import HFSource, sample, samples_depend_on
 from mechreward.schema import shown
-from mechreward.unfinished import Tell, Unfinished, silent
+from mechreward.unfinished import TellStage, Unfinished, silent
 from mechreward.verifiers.golds import golds, verdicts
 
 ROWS = 128
@@ -32,9 +33,25 @@ Verifier = Callable[[Sequence[str], Sequence[str]], Sequence[bool | None]]
 Floats = NDArray[np.float64]
 
 
+@runtime_checkable
+class Suite(Protocol):
+    """A guard made of detectors with thresholds, as :class:`mechreward.hacking.AdversarialSuite` is."""
+
+    thresholds: dict[str, float]
+
+    @property
+    def requests(self) -> list[Request]: ...
+
+    def calibrate(self, batch: RolloutBatch, readings: Mapping[Request, Readings]) -> None: ...
+
+    def scores(self, batch: RolloutBatch, readings: Mapping[Request, Readings]) -> Mapping[str, Tensor]: ...
+
+    def __call__(self, batch: RolloutBatch, readings: Mapping[Request, Readings]) -> Verdict: ...
+
+
 @dataclass(frozen=True)
 class Judged:
-    """What n rollouts earn, whether they are right, and who noticed.
+    """What n rollouts earn, whether they are right, and which detectors flag them.
 
     Attributes:
         reward: Raw reward before any guard, ``[n]``; NaN where no token is read.
@@ -57,22 +74,23 @@ class Judged:
         return len(self.reward)
 
     def take(self, rows: Sequence[int] | NDArray[np.int64]) -> Judged:
-        """Some of the rollouts."""
+        """Return some of the rollouts."""
         flags = {name: flagged[rows] for name, flagged in self.flags.items()}
         return Judged(self.reward[rows], self.guarded[rows], self.right[rows], flags)
 
-    def as_lists(self) -> dict[str, Any]:
-        """The same as lists, for JSON."""
-        flags = {name: flagged.tolist() for name, flagged in self.flags.items()}
-        figures = {name: getattr(self, name).tolist() for name in ("reward", "guarded", "right")}
-        return figures | {"flags": flags}
-
     @classmethod
-    def of_lists(cls, lists: Mapping[str, Any]) -> Judged:
-        """What :meth:`as_lists` gave."""
-        flags = {name: np.array(flagged, dtype=bool) for name, flagged in lists["flags"].items()}
-        reward, guarded, right = (np.array(lists[name]) for name in ("reward", "guarded", "right"))
-        return cls(reward, guarded, right, flags)
+    def together(cls, pieces: Sequence[Judged]) -> Judged:
+        """Join several batches' rollouts."""
+        names = dict.fromkeys(name for piece in pieces for name in piece.flags)
+        return cls(
+            np.concatenate([piece.reward for piece in pieces]),
+            np.concatenate([piece.guarded for piece in pieces]),
+            np.concatenate([piece.right for piece in pieces]),
+            {
+                name: np.concatenate([piece.flags.get(name, np.zeros(len(piece), dtype=bool)) for piece in pieces])
+                for name in names
+            },
+        )
 
 
 @dataclass(frozen=True)
@@ -82,8 +100,8 @@ class Target:
     Attributes:
         model: The untrained model, which is also the frozen reference.
         tokenizer: Its tokenizer.
-        reward: What is attacked; its part ``raw`` is the figure.
-        guards: What may notice: guards, and suites of detectors with ``scores`` and ``thresholds``.
+        reward: What is attacked; the figure is its part ``raw``.
+        guards: What may notice: guards, and suites of detectors.
         verifier: Of completions and golds (column :data:`GOLD`).
         generate: Options of HF `generate` for sampling.
         batch_size: Rollouts sampled at once.
@@ -109,7 +127,7 @@ class Target:
         return [name for guard in self.guards for name in detector_names(guard)]
 
     def read(self, batch: RolloutBatch, requests: Sequence[Request], model: Any = None) -> Mapping[Request, Readings]:
-        """Readings of the policy (by default the untrained model) and of the reference."""
+        """Read the policy (by default the untrained model) and the reference."""
         source = HFSource(self.model if model is None else model, self.tokenizer, reference=self.model)
         return source.read(batch, requests)
 
@@ -119,58 +137,59 @@ class Target:
         rollouts: int,
         seed: int,
         model: Any = None,
-        unfinished: Unfinished | None = None,
         name: str = "rollouts",
-        tell: Tell = silent,
+        unfinished: Unfinished | None = None,
+        progress: TellStage = silent,
     ) -> RolloutBatch:
-        """Rollouts on questions with columns ``prompt`` and :data:`GOLD`, groups contiguous.
+        """Sample rollouts on questions with columns ``prompt`` and :data:`GOLD`, groups contiguous.
 
         Torch's generator is left as it was. What ``unfinished`` keeps under ``name`` is not sampled again.
         """
-        policy, prompts, kept = self.model if model is None else model, list(questions["prompt"]), None
-        if unfinished is not None:
-            decides = samples_depend_on(policy, prompts, rollouts, self.batch_size, seed, self.generate)
-            kept = unfinished.steps(name, decides)
+        policy, prompts = self.model if model is None else model, list(questions["prompt"])
+        decides = samples_depend_on(policy, prompts, rollouts, self.batch_size, seed, self.generate)
+        kept = (unfinished or Unfinished()).steps(name, decides)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            batch = sample(policy, self.tokenizer, prompts, rollouts, self.batch_size, kept, tell, **self.generate)
-        golds = [gold for gold in questions[GOLD] for _ in range(rollouts)]
-        return replace(batch, columns={GOLD: golds})
+            batch = sample(
+                policy,
+                self.tokenizer,
+                prompts,
+                rollouts,
+                self.batch_size,
+                kept,
+                lambda done, of: progress(f"Sampling {name}", done, of),
+                **self.generate,
+            )
+        return replace(batch, columns={GOLD: [gold for gold in questions[GOLD] for _ in range(rollouts)]})
 
     def calibrated(self, batch: RolloutBatch) -> None:
         """Set the suites' thresholds on clean rollouts of the untrained model."""
         for guard in self.guards:
-            if hasattr(guard, "calibrate"):
-                guard.calibrate(watched(batch), self.read(batch, guard.requests))  # pyright: ignore
+            if isinstance(guard, Suite):
+                guard.calibrate(watched(batch), self.read(batch, guard.requests))
 
     def rewards(self, batch: RolloutBatch, model: Any = None) -> Floats:
-        """The raw rewards alone, ``[n]``."""
+        """Return the raw rewards alone, ``[n]``."""
         asked = self.reward.requests
         return np.concatenate([self.raw(piece, self.read(piece, asked, model)) for piece in _pieces(batch)])
 
     def raw(self, batch: RolloutBatch, readings: Mapping[Request, Readings]) -> Floats:
-        """The raw rewards from readings that are there already, ``[B]``."""
+        """Return the raw rewards from readings that are there already, ``[B]``."""
         scores = self.reward.score(replace(batch, trust=None, dropped=None, flags=None), readings)
         return scores.parts.get("raw", scores.values).cpu().double().numpy()
 
     def right(self, batch: RolloutBatch) -> Floats:
-        """The verifier's verdicts, ``[n]``; NaN where it cannot say."""
-        said = verdicts(self.verifier, batch.texts, golds(self.verifier, batch.columns[GOLD], GOLD))
-        return np.array([np.nan if verdict is None else float(verdict) for verdict in said])
+        """Return the verifier's verdicts, ``[n]``; NaN where it cannot say."""
+        found = verdicts(self.verifier, batch.texts, golds(self.verifier, batch.columns[GOLD], GOLD))
+        return np.array([np.nan if verdict is None else float(verdict) for verdict in found])
 
     def judged(self, batch: RolloutBatch, model: Any = None) -> Judged:
-        """Everything that is known of the rollouts, read in pieces of :data:`ROWS`."""
+        """Judge rollouts, reading them in pieces of :data:`ROWS`."""
         pieces = [self.judged_on(piece, self.read(piece, self.requests, model)) for piece in _pieces(batch)]
-        return Judged(
-            *(np.concatenate([getattr(piece, name) for piece in pieces]) for name in ("reward", "guarded", "right")),
-            flags={
-                name: np.concatenate([piece.flags.get(name, np.zeros(len(piece), dtype=bool)) for piece in pieces])
-                for name in dict.fromkeys(name for piece in pieces for name in piece.flags)
-            },
-        )
+        return Judged.together(pieces)
 
     def judged_on(self, batch: RolloutBatch, readings: Mapping[Request, Readings]) -> Judged:
-        """The same from readings that are there already."""
+        """Judge rollouts from readings that are there already."""
         raw, batch = self.raw(batch, readings), watched(batch)
         trust, dropped = np.ones(len(batch)), np.zeros(len(batch), dtype=bool)
         flags = {name: np.zeros(len(batch), dtype=bool) for name in self.detectors}
@@ -178,15 +197,15 @@ class Target:
             verdict = guard(batch, readings)
             trust = np.minimum(trust, verdict.trust.cpu().double().numpy())
             dropped |= verdict.dropped.cpu().numpy()
-            for row, said in enumerate(verdict.flags):
-                for name in {flag.split(":")[0] for flag in said}:
+            for row, reasons in enumerate(verdict.flags):
+                for name in {reason.split(":")[0] for reason in reasons}:
                     flags.setdefault(name, np.zeros(len(batch), dtype=bool))[row] = True
         left = lowered(torch.tensor(raw), torch.tensor(trust)).numpy()
         return Judged(raw, np.where(dropped, np.nan, left), self.right(batch), flags)
 
 
 def questions_that_can_be_judged(questions: Any, verifier: Verifier) -> Any:
-    """Those whose gold answer the verifier can read.
+    """Return the questions whose gold answer the verifier can read.
 
     Raises:
         DataError: Fewer than four.
@@ -205,35 +224,31 @@ def questions_that_can_be_judged(questions: Any, verifier: Verifier) -> Any:
 
 
 def watched(batch: RolloutBatch) -> RolloutBatch:
-    """The batch as one that nobody trains on: running statistics of guards stay as they are.
+    """Return the batch as one outside of training: running statistics of guards stay as they are.
 
-    Each rollout is for itself, where thresholds are set and where they are applied: what a detector says of groups
-    cannot be compared with what it says without.
+    Each rollout stands alone, where thresholds are set and where they are applied: what a detector finds in groups
+    cannot be compared with what it finds without.
     """
     return replace(batch, trust=None, dropped=None, flags=None, training=False, num_generations=1)
 
 
 def detector_names(guard: Guard) -> list[str]:
-    """What the guard's flags are called, whether or not one is raised."""
-    if hasattr(guard, "thresholds"):
-        return list(guard.thresholds)  # pyright: ignore
-    if isinstance(guard, RepetitionDetector):
-        return ["repetition"]
-    return ["dual verifier"] if isinstance(guard, Disagreement) else [type(guard).__name__]
+    """Return what the guard's flags are called, whether or not one is raised."""
+    return list(guard.thresholds if isinstance(guard, Suite) else getattr(guard, "names", [type(guard).__name__]))
 
 
 def suspicion(
     guard: Guard, batch: RolloutBatch, readings: Mapping[Request, Readings]
 ) -> dict[str, tuple[Floats, float]]:
-    """For each of a guard's detectors its score of every rollout, ``[B]``, higher = more suspicious, and its threshold.
+    """Return each of a guard's detectors' score of every rollout, ``[B]``, higher = more suspicious, and its threshold.
 
     A guard that gives no scores gives 1 where it flags.
     """
-    if hasattr(guard, "scores") and hasattr(guard, "thresholds"):
-        scores = guard.scores(batch, readings)  # pyright: ignore
+    if isinstance(guard, Suite):
+        scores = guard.scores(batch, readings)
         return {
             name: (scores[name].cpu().double().numpy(), float(threshold))
-            for name, threshold in guard.thresholds.items()  # pyright: ignore
+            for name, threshold in guard.thresholds.items()
             if name in scores
         }
     if isinstance(guard, Disagreement):
@@ -242,7 +257,7 @@ def suspicion(
     if isinstance(guard, RepetitionDetector):
         return {"repetition": (np.array([guard.repetition(ids) for ids in batch.written]), guard.threshold)}
     flags = guard(batch, readings).flags
-    return {type(guard).__name__: (np.array([float(bool(said)) for said in flags]), 0.5)}
+    return {type(guard).__name__: (np.array([float(bool(reasons)) for reasons in flags]), 0.5)}
 
 
 def _pieces(batch: RolloutBatch) -> list[RolloutBatch]:
