@@ -19,8 +19,6 @@ from numpy.typing import NDArray
 
 import mechreward as mr
 from mechreward.aggregation import aggregation
-from mechreward.features.gate import auc, bootstrap
-from mechreward.features.pack import Interval
 from mechreward.files import made_now, made_sentence
 from mechreward.pocket.questions import Kind, Split, questions
 from mechreward.probes.linear_probe import Probe
@@ -29,6 +27,7 @@ from mechreward.readout import ReadoutBank
 from mechreward.rollout.labelled import Labelled
 from mechreward.rollout.sampling import load_model, sample
 from mechreward.rollout.source import read_forward
+from mechreward.stats import Interval, auc, bootstrap
 
 RESULTS = Path(__file__).parent / "results"
 COMMAND = "python benchmarks/probe_auc.py"

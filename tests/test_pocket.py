@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import mechreward as mr
 from mechreward.aggregation import aggregation
 from mechreward.errors import CandidateWarning, ConfigError
-from mechreward.features.gate import auc
 from mechreward.pocket.questions import (
     KNOWN_PEOPLE,
     SPLITS,
@@ -23,6 +22,7 @@ from mechreward.pocket.questions import (
 )
 from mechreward.readout import ReadoutBank
 from mechreward.rollout.hf import HFSource, read_forward, sample
+from mechreward.stats import auc
 
 FIGURES = json.loads((mr.pocket.files() / "figures.json").read_text())
 

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from mechreward import stats
 from mechreward.errors import ConfigError
-from mechreward.features.gate import auc
 from mechreward.files import read_jsonl
+from mechreward.stats import auc
 
 DRAWS = 10_000
 

@@ -132,7 +132,7 @@ class Campaign:
             for kind in self.options.kinds if name in chosen else ():
                 stage = f"{kind} policies" if alpha is None else f"aware {kind} policies"
                 (kept,) = self.unfinished.steps(stage, key).each(
-                    [kind], lambda kind, alpha=alpha: self.policy(trainer, kind, alpha).model_dump_json()
+                    [kind], lambda each, alpha=alpha: self.policy(trainer, each, alpha).model_dump_json()
                 )
                 found.append(Attack.model_validate_json(kept))
         return found
@@ -158,7 +158,8 @@ class Campaign:
         name = "best-of-n rollouts"
         batch = self.target.sampled(asked, n, seed + 1000, None, name, self.unfinished)
         judged = self.target.judged(batch)
-        proxy, gold, flagged = (each.reshape(-1, n) for each in (judged.reward, judged.right, judged.caught))
+        proxy, gold = (each.reshape(-1, n) for each in (judged.reward, judged.right))
+        flagged = judged.caught.reshape(-1, n)
         points = curve(proxy, gold, flagged, seed)
         best = n * np.arange(len(asked)) + np.nan_to_num(proxy, nan=-np.inf).argmax(axis=1)
         peak = max(points, key=lambda point: point.gold.value)

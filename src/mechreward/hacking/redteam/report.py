@@ -14,10 +14,11 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from scipy.stats import binomtest
 
-from mechreward.features.pack import Count, Interval, Text
+from mechreward.features.pack import Count, Text
 from mechreward.features.pack import Share as Unit
 from mechreward.hacking.redteam.target import Judged
 from mechreward.schema import Strict
+from mechreward.stats import Interval
 
 SCHEMA_VERSION = 1
 

@@ -13,9 +13,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from mechreward import progress
 from mechreward.errors import ConfigError, DataError
-from mechreward.features.pack import Interval
 from mechreward.hacking.redteam.report import Point
 from mechreward.rollout.batch import RolloutBatch
+from mechreward.stats import Interval
 
 Floats = NDArray[np.float64]
 Objective = Callable[[RolloutBatch], Floats]

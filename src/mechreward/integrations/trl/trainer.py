@@ -42,7 +42,7 @@ from mechreward.errors import MechRewardError, MissingExtraError, RewardError
 from mechreward.hacking.monitor import Monitor, show
 from mechreward.hacking.regularization import adapted, scheduled
 from mechreward.integrations.trl.checks import check_training, needing_a_path
-from mechreward.integrations.trl.config import GRPOConfig, MechRewardGRPOConfig, our_options
+from mechreward.integrations.trl.config import MechRewardGRPOConfig, our_options
 from mechreward.integrations.trl.monitors import Watch
 from mechreward.integrations.trl.passes import Passes, readouts_in_generation, requests_of
 from mechreward.integrations.trl.vllm import TRLEngine
@@ -67,6 +67,7 @@ from mechreward.rollout.plain import describe
 from mechreward.rollout.sampling import untouched_randomness
 
 try:
+    from trl.trainer.grpo_config import GRPOConfig
     from trl.trainer.grpo_trainer import GRPOTrainer
 except ModuleNotFoundError as error:
     raise MissingExtraError("trl", "trl") from error
@@ -189,6 +190,10 @@ class MechRewardGRPOTrainer(GRPOTrainer):
     def _rewarded(self) -> list[Request]:
         """What rewards and guards need read."""
         return requests_of([*self.reward_funcs, *self.guards])
+
+    @property
+    def _options(self) -> Any:
+        return self.args  # a GRPOConfig; the base class declares TrainingArguments
 
     @property
     def taps(self) -> dict[str, str]:
@@ -347,9 +352,9 @@ class MechRewardGRPOTrainer(GRPOTrainer):
     # -- between steps -------------------------------------------------------------------------------------------------
 
     def _before_step(self) -> None:
-        end, args = our_options(self.args).beta_end, self.args
+        end = our_options(self._options).beta_end
         if end is not None:
-            self.beta = scheduled(args.beta, end, self.state.global_step, self.state.max_steps)
+            self.beta = scheduled(self._options.beta, end, self.state.global_step, self.state.max_steps)
 
     def _after_step(self) -> None:
         """Keep what the loss has measured, and let the KL coefficient follow it."""
@@ -358,7 +363,7 @@ class MechRewardGRPOTrainer(GRPOTrainer):
             name: self._metrics["train"][name][-self.current_gradient_accumulation_steps :] for name in LOSS_METRICS
         }
         self.watch.losses = {name: sum(values) / len(values) for name, values in last.items() if values}
-        ours, kl = our_options(self.args), self.watch.losses.get("kl", math.nan)
+        ours, kl = our_options(self._options), self.watch.losses.get("kl", math.nan)
         if ours.kl_target is not None or ours.beta_end is not None:
             self._metrics["train"]["beta"].append(self.beta)
         if ours.kl_target is not None and math.isfinite(kl):
@@ -402,7 +407,7 @@ class MechRewardGRPOTrainer(GRPOTrainer):
         self.watch.load_state_dict(states.get("monitors", {}))
         self.watch.ringing = dict(states.get("ringing", {}))
         self.mechreward_gap = states.get("reference_gap")
-        if our_options(self.args).kl_target is not None:
+        if our_options(self._options).kl_target is not None:
             self.beta = states.get("beta", self.beta)
 
 

@@ -183,7 +183,7 @@ class _Step:
         self.readings = {request: split[request.readout] for request in requests}
         return self.readings
 
-    def accept(self, reward: Reward, batch: RolloutBatch, scores: Scores) -> None:
+    def accept(self, reward: object, batch: RolloutBatch, scores: Scores) -> None:
         self.rollouts = batch  # with the guards' verdicts
 
 
