@@ -17,13 +17,13 @@ test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -n auto --dist loadfile -m 'slow and not engine'
 
 # Of these, what the core stands on: sharded models, the reference, hooks under compile, and the wheel.
-SLOW_CORE := tests/test_capture.py tests/test_reference.py tests/test_scale.py tests/test_package.py tests/test_cli.py
+SLOW_CORE := tests/rollout/test_capture.py tests/rollout/test_reference.py tests/rollout/test_scale.py tests/test_package.py tests/cli/test_cli.py
 test-slow-core: $(VENV)/.dev
 	$(BIN)/python -m pytest -n auto --dist loadfile -m 'slow and not engine' $(SLOW_CORE)
 
 # The report in Chromium, which the system brings: apt-get install chromium.
 test-browser: $(VENV)/.dev
-	$(BIN)/python -m pytest -m browser tests/test_report_page.py
+	$(BIN)/python -m pytest -m browser tests/report/test_report_page.py
 
 # Real vLLM, OpenRLHF's own client and whole verl runs, in environments of their own, made once and kept. A process for
 # each file: what vLLM imports for one engine can keep it from building another.
@@ -32,11 +32,11 @@ test-engines: test-vllm test-verl
 
 test-vllm:
 	python=$$(scripts/engine_env.sh vllm) && for file in vllm vllm_trl vllm_server; do \
-		$$python -m pytest $(ENGINE_TESTS) tests/test_$$file.py || exit 1; done
+		$$python -m pytest $(ENGINE_TESTS) tests/*/test_$$file.py || exit 1; done
 
 test-verl:
 	python=$$(scripts/engine_env.sh verl) && for file in openrlhf verl; do \
-		$$python -m pytest $(ENGINE_TESTS) tests/test_$$file.py || exit 1; done
+		$$python -m pytest $(ENGINE_TESTS) tests/*/test_$$file.py || exit 1; done
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

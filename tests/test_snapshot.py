@@ -1,10 +1,7 @@
 """Names, console help and formats change on purpose alone: `python tests/helpers/snapshot.py interfaces --write`."""
 
 import json
-import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 import snapshot
 
 

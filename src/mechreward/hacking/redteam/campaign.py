@@ -132,7 +132,7 @@ class Campaign:
             for kind in self.options.kinds if name in chosen else ():
                 stage = f"{kind} policies" if alpha is None else f"aware {kind} policies"
                 (kept,) = self.unfinished.steps(stage, key).each(
-                    [kind], lambda each, alpha=alpha: self.policy(trainer, each, alpha).model_dump_json()
+                    [kind], lambda _, kind=kind, alpha=alpha: self.policy(trainer, kind, alpha).model_dump_json()
                 )
                 found.append(Attack.model_validate_json(kept))
         return found
