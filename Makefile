@@ -17,7 +17,8 @@ test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -n auto --dist loadfile -m 'slow and not engine'
 
 # Of these, what the core stands on: sharded models, the reference, hooks under compile, and the wheel.
-SLOW_CORE := tests/rollout/test_capture.py tests/rollout/test_reference.py tests/rollout/test_scale.py tests/test_package.py tests/cli/test_cli.py
+SLOW_CORE := tests/rollout/test_capture.py tests/rollout/test_reference.py tests/rollout/test_scale.py \
+	tests/integrations/test_trl.py tests/test_package.py tests/test_pocket.py tests/features/test_judge.py tests/cli/test_cli.py
 test-slow-core: $(VENV)/.dev
 	$(BIN)/python -m pytest -n auto --dist loadfile -m 'slow and not engine' $(SLOW_CORE)
 

@@ -201,6 +201,7 @@ def measured(request, pocket):
 
 
 class TestPacks:
+    @pytest.mark.slow
     def test_evidence_holds_on_fresh_rollouts(self, measured, pocket):
         name, batch, labels, keep = measured
         pack = mr.load_pack(f"pocket/{name}_pack")
@@ -231,6 +232,7 @@ class _nothing:
 
 
 @pytest.mark.parametrize("name", ["correctness_probe", "fact_retrieval_probe"])
+@pytest.mark.slow
 def test_probe_evidence_holds_on_fresh_rollouts(pocket, name):
     model, tokenizer = pocket
     kind = "reasoning" if name == "correctness_probe" else "retrieval"

@@ -13,7 +13,7 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
 from mechreward.features.discover import Search, discover
 from mechreward.readout import HookPoint, residual
-from mechreward.rollout.hf import pooled, read_in_pieces
+from mechreward.rollout.source import pooled, read_in_pieces
 
 
 def shows(behaviour, rollouts):
@@ -49,6 +49,7 @@ def sae(tmp_path_factory):
 
 
 @pytest.mark.parametrize("behaviour", ["step", "hedge"])
+@pytest.mark.slow
 def test_what_is_known_to_read_the_behaviour_is_ranked_first_on_every_seed(sae, behaviour):
     rollouts, labels = rollouts_with(behaviour, "discovery")
     planted = OWN + (behaviour == "hedge")

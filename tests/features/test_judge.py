@@ -85,6 +85,7 @@ def cue_verdict(tmp_path, held_out, seed):
         return judge(pack_of(sae, [OWN], [1.0]), model, tokenizer, some(held_out, seed), seed=seed)
 
 
+@pytest.mark.slow
 def test_what_is_planted_is_validated(tmp_path, held_out, solutions):
     pack = planted_verdict(tmp_path, held_out, solutions, seed=0)
     assert not failed(pack), pack.status_reason

@@ -725,6 +725,7 @@ def test_each_detector_recalls_the_attacks_that_it_exists_for(detectors, familie
     assert np.mean(hit) >= 0.8
 
 
+@pytest.mark.slow
 def test_what_attacking_policies_write_is_told_from_clean_rollouts(learned):
     *_, suspicion = learned
     batch = clean("gate")

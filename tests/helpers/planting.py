@@ -110,7 +110,7 @@ def quiet_directions(count, seed):
     model, _ = pocket()
     rollouts = sampled("discovery", 40, 2)
     from mechreward.readout import HookPoint, residual
-    from mechreward.rollout.hf import read_in_pieces
+    from mechreward.rollout.source import read_in_pieces
 
     width = model.config.hidden_size
     x = torch.cat(

@@ -445,6 +445,7 @@ json.dump(mine, open({folder!r} + f"/result-{processes}-{{trainer.accelerator.pr
 """
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_rewards_and_advantages_of_one(tmp_path):
     found = {}
     with socket.socket() as free:

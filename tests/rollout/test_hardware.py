@@ -19,7 +19,7 @@ from mechreward.integrations.trl_grpo import MechRewardGRPOConfig, MechRewardGRP
 from mechreward.probes import training as probes
 from mechreward.readout import HookPoint, Readings, ReadoutBank, direction
 from mechreward.reward.normalization import dense_zscore, zscore_in_batch, zscore_in_group
-from mechreward.rollout import hf
+from mechreward.rollout import sampling, source
 from mechreward.rollout.batch import Call, RolloutBatch
 from mechreward.rollout.capture import GenerationReader, ResidualTap
 from mechreward.rollout.hf import load_model, read_forward
@@ -45,7 +45,7 @@ class TestSoftCapping:
             lambda: ResidualTap(model, [POINT]),
             lambda: read_forward(model, rollouts(5), ReadoutBank([READOUT])),
             lambda: mr.HFSource(model, None).read(rollouts(5), mr.FeatureReward(READOUT).requests),
-            lambda: list(hf.pooled(model, rollouts(5), [READOUT])),
+            lambda: list(source.pooled(model, rollouts(5), [READOUT])),
         ]
         for read in readers:
             with pytest.raises(ModelMismatchError, match='attn_implementation="eager", "flash_attention_2"') as caught:
@@ -79,7 +79,7 @@ class TestSoftCapping:
         plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
         assert plain.config._attn_implementation == "sdpa"
         assert load_model(str(tmp_path))[0].config._attn_implementation == "eager"
-        asked = hf.keeping_softcap(str(tmp_path))
+        asked = sampling.keeping_softcap(str(tmp_path))
         assert (
             transformers.AutoModelForCausalLM.from_pretrained(tmp_path, **asked).config._attn_implementation == "eager"
         )
@@ -210,7 +210,7 @@ class TestAppleGPU:
         assert describe(trainer, Call([""], [""], [[5]]), [[1]]).gather(rows) is rows
 
     def test_probes_are_fitted_where_float64_is(self, monkeypatch):
-        mps, read = Pretended("mps"), hf.read_in_pieces
+        mps, read = Pretended("mps"), source.read_in_pieces
         labels = np.array([True, False, True, False])
         model, data = build("llama"), Labelled(rollouts(3, 4, 5, 6), labels, np.arange(4), "here")
         want = probes._read_tokens(model, data, POINT)

@@ -130,6 +130,7 @@ def check_sharded(rank: int, shard) -> None:
         check(model, plain, nothing)
 
 
+@pytest.mark.slow
 def test_a_sharded_model_reads_as_a_whole_one_and_stays_as_it_was():
     torch.multiprocessing.spawn(in_process, (free_port(),), nprocs=2)
 

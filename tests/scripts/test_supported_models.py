@@ -196,6 +196,7 @@ except mr.errors.MechRewardError as error:
     server.shutdown()
 
 
+@pytest.mark.slow
 def test_downloads_show_progress_are_pinned_and_kept_for_offline_use(hub):
     arrays, read = hub
 

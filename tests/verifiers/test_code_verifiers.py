@@ -92,6 +92,7 @@ def test_all_canonical_solutions_pass_and_keep_their_order():
 
 
 @needs_sandbox
+@pytest.mark.slow
 def test_all_empty_bodies_fail():
     problems = rows()
     assert humaneval([""] * 164, problems) == [False] * 164

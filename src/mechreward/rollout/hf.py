@@ -1,43 +1,6 @@
 """Hugging Face models: the names that scripts import."""
 
-from mechreward.rollout.sampling import (
-    end_token,
-    end_tokens,
-    fingerprint,
-    keeping_softcap,
-    load_model,
-    parse_dtype,
-    sample,
-    samples_depend_on,
-)
-from mechreward.rollout.source import (
-    MAX_NUMBERS,
-    MAX_TOKENS,
-    HFSource,
-    group_requests,
-    over_tokens,
-    pooled,
-    read_forward,
-    read_in_pieces,
-    refuse_dense,
-)
+from mechreward.rollout.sampling import load_model, sample
+from mechreward.rollout.source import HFSource, read_forward
 
-__all__ = [
-    "MAX_NUMBERS",
-    "MAX_TOKENS",
-    "HFSource",
-    "end_token",
-    "end_tokens",
-    "fingerprint",
-    "group_requests",
-    "keeping_softcap",
-    "load_model",
-    "over_tokens",
-    "parse_dtype",
-    "pooled",
-    "read_forward",
-    "read_in_pieces",
-    "refuse_dense",
-    "sample",
-    "samples_depend_on",
-]
+__all__ = ["HFSource", "load_model", "read_forward", "sample"]
