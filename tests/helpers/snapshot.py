@@ -134,7 +134,7 @@ def formats() -> dict[str, Any]:
     probe = json.loads((pocket.files().parents[1] / "catalogs/pocket/correctness_probe.json").read_text())
     served = Served(model="mechreward/pocket", packs=("pocket/reasoning_pack",))
     with tempfile.TemporaryDirectory() as folder:
-        train("guards and monitors", Path(folder), save_strategy="steps", save_steps=3, record=8)
+        trainer("guards and monitors", Path(folder), save_strategy="steps", save_steps=3, record=8).train()
         left = {
             str(file.relative_to(folder)): read(file)
             for file in sorted(Path(folder).rglob("*"))
@@ -158,8 +158,8 @@ def read(file: Path) -> Any:
 ARMS = ("generation tap", "reference tap", "own forward", "dense", "guards and monitors")
 
 
-def train(arm: str, folder: Path, **options: Any) -> Any:
-    """Train pocket for three steps, and return the model."""
+def trainer(arm: str, folder: Path, **options: Any) -> Any:
+    """Return a trainer that trains pocket for three steps."""
     import torch
     from trl import GRPOConfig, GRPOTrainer
 
@@ -197,15 +197,13 @@ def train(arm: str, folder: Path, **options: Any) -> Any:
             ProxyGoldGap(reward, outcome, every=1),
             RepresentationShift(mr.HookPoint(2), 128, every=1),
         ]
-    trainer = (GRPOTrainer if plain else mr.MechRewardGRPOTrainer)(
+    return (GRPOTrainer if plain else mr.MechRewardGRPOTrainer)(
         model=mr.pocket.path(),
         args=(GRPOConfig if plain else mr.MechRewardGRPOConfig)(**settings | options),
         train_dataset=mr.pocket.dataset("train", 64),
         reward_funcs=composite,
         **extras,
     )
-    trainer.train()
-    return trainer.model
 
 
 def weights() -> dict[str, str]:
@@ -213,9 +211,10 @@ def weights() -> dict[str, str]:
     found = {}
     for arm in ARMS:
         with tempfile.TemporaryDirectory() as folder:
-            model = train(arm, Path(folder))
+            made = trainer(arm, Path(folder))
+            made.train()
         digest = hashlib.sha256()
-        for name, parameter in sorted(model.named_parameters()):
+        for name, parameter in sorted(made.model.named_parameters()):
             digest.update(name.encode() + parameter.detach().cpu().contiguous().numpy().tobytes())
         found[arm] = digest.hexdigest()
     return found
