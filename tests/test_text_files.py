@@ -86,8 +86,9 @@ def test_a_byte_order_mark_and_crlf_change_nothing(tmp_path, what):
 OURS = {
     # Written and read by this package alone.
     "report/page.py", "verifiers/sandbox.py", "verifiers/code.py", "integrations/server/scorer.py", "unfinished.py",
-    "files.py", "integrations/trl_grpo.py", "integrations/verl/trainer.py", "features/neuronpedia.py",
-    "cli/train.py", "train/capability.py", "train/lm_eval.py", "sae/registry.py",
+    "files.py", "families.py", "hacking/redteam/templates.py", "integrations/trl/trainer.py",
+    "integrations/verl/trainer.py", "features/neuronpedia.py", "cli/train.py", "train/capability.py",
+    "train/lm_eval.py", "sae/registry.py",
 }  # fmt: skip
 
 
