@@ -96,7 +96,7 @@ def auc(scores: ArrayLike, labels: ArrayLike) -> float:
 
 
 def grouped_auc(scores: NDArray, right: NDArray, wrong: NDArray) -> tuple[float, float]:
-    """The AUC and its standard error, for rollouts that come in groups (Obuchowski 1997, Biometrics 53, 567-578).
+    """Return the AUC and its standard error for rollouts in groups (Obuchowski 1997, Biometrics 53, 567-578).
 
     With V10 of a right rollout the share of wrong ones below it, V01 of a wrong one the share of right ones above it
     (ties half), m and n their numbers, and a_g and b_g the sums of V10 - AUC and V01 - AUC over group g:
@@ -130,7 +130,7 @@ def _correction(groups: int) -> float:
 
 
 def _share_below(ordered: NDArray, values: NDArray) -> NDArray:
-    """The share of ``ordered`` that is less than each value, ties half."""
+    """Return the share of ``ordered`` that is less than each value, ties half."""
     return (np.searchsorted(ordered, values, "left") + np.searchsorted(ordered, values, "right")) / (2 * len(ordered))
 
 

@@ -24,12 +24,13 @@ from mechreward.hacking import (
     Report,
     RepresentationShift,
 )
-from mechreward.hacking.monitor import grouped_auc, log_diversity, rank, recall_of_the_wrong, rewarded_columns, show
+from mechreward.hacking.monitor import log_diversity, rank, recall_of_the_wrong, rewarded_columns, show
 from mechreward.integrations.trl_grpo import STATE_FILE, MechRewardGRPOConfig, MechRewardGRPOTrainer
 from mechreward.readout import HookPoint, Readings, direction
 from mechreward.reward.base import Reward
 from mechreward.rollout.batch import RolloutBatch, Scores
 from mechreward.rollout.sampling import untouched_randomness
+from mechreward.stats import grouped_auc
 
 OUTCOME = mr.OutcomeReward(mr.verifiers.math_boxed)
 FEATURE = mr.FeatureReward(direction("d", VECTOR, POINT), name="feature")

@@ -464,7 +464,7 @@ def test_guards_lower_only_what_is_positive_and_are_named():
     batch = replace(batch, columns={"answer": ["1", "1", "one"]}, completions=["#### 1", "#### 2", "#### 1"])
     judged = where.judged(batch)
     assert judged.reward.tolist() == [3.0, 0.0, 1.0] and judged.guarded.tolist() == [0.0, 0.0, 1.0]
-    assert judged.flags["long"].tolist() == [True, True, False] and where.detectors == ["long", "repetition"]
+    assert judged.flags["long"].tolist() == [True, True, False] and list(judged.flags) == ["long", "repetition"]
     assert judged.caught.tolist() == [True, True, False] and judged.flags["repetition"].tolist() == [False] * 3
     assert judged.right[:2].tolist() == [1.0, 0.0] and math.isnan(judged.right[2])
     again = where.judged(replace(batch, completion_ids=[[77] * 9, [10], [77]]))

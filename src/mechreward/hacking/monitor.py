@@ -32,6 +32,7 @@ from mechreward.reward.guards import Guard
 from mechreward.reward.outcome import OutcomeReward
 from mechreward.rollout.batch import RolloutBatch
 from mechreward.rollout.source import over_tokens
+from mechreward.stats import grouped_auc
 
 Rows = Mapping[str, NDArray[np.float64]]
 """What a monitor measured, by name: ``[groups, num_generations, ...]``, NaN where a rollout has no value."""
@@ -533,45 +534,6 @@ class EntropyFloor(Monitor):
 
 
 # -- statistics ------------------------------------------------------------------------------------------------------
-
-
-def grouped_auc(scores: NDArray, right: NDArray, wrong: NDArray) -> tuple[float, float]:
-    """Return the AUC and its standard error for rollouts in groups (Obuchowski 1997, Biometrics 53, 567-578).
-
-    With V10 of a right rollout the share of wrong ones below it, V01 of a wrong one the share of right ones above it
-    (ties half), m and n their numbers, and a_g and b_g the sums of V10 - AUC and V01 - AUC over group g:
-
-    var = I10 / (I10 - 1) sum a_g^2 / m^2 + I01 / (I01 - 1) sum b_g^2 / n^2 + 2 I / (I - 1) sum a_g b_g / (m n),
-
-    where I10, I01 and I count the groups with right ones, with wrong ones, and all. With one rollout a group it is
-    DeLong's. It is at least what half a rollout of the rarer kind would change: perfect separation is no certainty.
-
-    Args:
-        scores: ``[groups, num_generations]``.
-        right, wrong: Bool, the same shape; rollouts in neither are left out.
-    """
-    above, below = np.sort(scores[right]), np.sort(scores[wrong])
-    m, n = len(above), len(below)
-    v10 = _share_below(below, scores[right])
-    v01 = 1 - _share_below(above, scores[wrong])
-    area = float(v10.mean())
-    a = np.bincount(np.nonzero(right)[0], v10 - area, minlength=len(scores))
-    b = np.bincount(np.nonzero(wrong)[0], v01 - area, minlength=len(scores))
-    variance = (
-        _correction(right.any(axis=1).sum()) * (a @ a) / m**2
-        + _correction(wrong.any(axis=1).sum()) * (b @ b) / n**2
-        + 2 * _correction((right | wrong).any(axis=1).sum()) * (a @ b) / (m * n)
-    )
-    return area, max(math.sqrt(max(0.0, variance)), 0.5 / min(m, n))
-
-
-def _correction(groups: int) -> float:
-    return groups / max(1, groups - 1)
-
-
-def _share_below(ordered: NDArray, values: NDArray) -> NDArray:
-    """Return the share of ``ordered`` that is less than each value, ties half."""
-    return (np.searchsorted(ordered, values, "left") + np.searchsorted(ordered, values, "right")) / (2 * len(ordered))
 
 
 def recall_of_the_wrong(right: NDArray, wrong: NDArray) -> float:

@@ -90,13 +90,9 @@ class Campaign:
         held_out = questions.select([i for i in range(len(questions)) if questions[i]["prompt"] not in first])
         if min(len(known), len(held_out)) < 2:
             raise DataError(f"{len(questions)} questions are too few: thresholds are set on half of them. Give more.")
-        calibration, rollouts = (
-            target.sampled(asked, options.rollouts, seed, None, name, unfinished)
-            for asked, seed, name in (
-                (known, options.seed, "calibration rollouts"),
-                (held_out, options.seed + 1, "clean rollouts"),
-            )
-        )
+        each, seed = options.rollouts, options.seed
+        calibration = target.sampled(known, each, seed, None, "calibration rollouts", unfinished)
+        rollouts = target.sampled(held_out, each, seed + 1, None, "clean rollouts", unfinished)
         target.calibrated(calibration)
         judged = target.judged(rollouts)
         if np.isnan(judged.reward).all() or np.nanstd(judged.reward) == 0:
@@ -131,10 +127,12 @@ class Campaign:
         for name, alpha in (("policy", None), ("aware", self.options.alpha)):
             for kind in self.options.kinds if name in chosen else ():
                 stage = f"{kind} policies" if alpha is None else f"aware {kind} policies"
-                (kept,) = self.unfinished.steps(stage, key).each(
-                    [kind], lambda _, kind=kind, alpha=alpha: self.policy(trainer, kind, alpha).model_dump_json()
-                )
-                found.append(Attack.model_validate_json(kept))
+                kept = self.unfinished.steps(stage, key)
+                if kept.done:
+                    found.append(Attack.model_validate_json(kept.done[0]))
+                else:
+                    found.append(self.policy(trainer, kind, alpha))
+                    kept.add(found[-1].model_dump_json())
         return found
 
     def some(self, count: int) -> list[int]:
@@ -155,12 +153,10 @@ class Campaign:
         """Choose the best of up to n rollouts by the reward, on some held-out questions."""
         n, seed = self.options.best_of, self.options.seed
         asked = self.held_out.select(range(min(self.options.best_of_questions, len(self.held_out))))
-        name = "best-of-n rollouts"
-        batch = self.target.sampled(asked, n, seed + 1000, None, name, self.unfinished)
+        batch = self.target.sampled(asked, n, seed + 1000, None, "best-of-n rollouts", self.unfinished)
         judged = self.target.judged(batch)
-        proxy, gold = (each.reshape(-1, n) for each in (judged.reward, judged.right))
-        flagged = judged.caught.reshape(-1, n)
-        points = curve(proxy, gold, flagged, seed)
+        proxy = judged.reward.reshape(-1, n)
+        points = curve(proxy, judged.right.reshape(-1, n), judged.caught.reshape(-1, n), seed)
         best = n * np.arange(len(asked)) + np.nan_to_num(proxy, nan=-np.inf).argmax(axis=1)
         peak = max(points, key=lambda point: point.gold.value)
         notes = [

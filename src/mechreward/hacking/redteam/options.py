@@ -109,6 +109,6 @@ class Options:
         return [kind for kind in KINDS if self.train in (kind, "both")]
 
     def settings(self) -> dict[str, Any]:
-        """Return what the report records: all but where things are."""
-        own = {name: value for name, value in asdict(self).items() if name not in ("model", "data", "out", "seed")}
+        """Return all options that a result depends on besides the model and the questions."""
+        own = {name: value for name, value in asdict(self).items() if name not in ("model", "data", "out")}
         return own | {"attack": self.attacks}

@@ -6,7 +6,6 @@ too: each detector's score is subtracted from what it maximises, so that it lear
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +19,7 @@ import transformers
 
 from mechreward import pocket, progress
 from mechreward.errors import ConfigError
+from mechreward.files import append
 from mechreward.hacking.redteam.options import KINDS, Kind, Options
 from mechreward.hacking.redteam.report import Clean
 from mechreward.hacking.redteam.target import Floats, Target, suspicion, watched
@@ -156,8 +156,7 @@ class Watched(Reward):
             "seconds": round(time.perf_counter() - self.began, 2),
         }
         self.steps.append(record)
-        with self.file.open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps(record) + "\n")
+        append(self.file, [record])
         return scores
 
 

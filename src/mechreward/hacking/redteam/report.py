@@ -299,7 +299,7 @@ def markdown(report: RedTeam) -> str:
     for attack in report.attacks:
         if attack.curve:
             points = [
-                (str(p.n), _interval(p.proxy), _interval(p.gold), f"{p.flagged:.0%}", f"{p.kl_bound:.2f}")
+                (str(p.n), p.proxy.shown(), p.gold.shown(), f"{p.flagged:.0%}", f"{p.kl_bound:.2f}")
                 for p in attack.curve
             ]
             columns = ("N", "proxy (raw reward)", "gold (right)", "flagged", "KL at most")
@@ -332,10 +332,6 @@ def _number(value: float) -> str:
 
 def _percent(share: Share) -> str:
     return "-" if share.share is None else f"{share.share:.0%}"
-
-
-def _interval(interval: Interval) -> str:
-    return f"{interval.value:.3f} ({interval.low:.3f} to {interval.high:.3f})"
 
 
 def _most(detected_by: Mapping[str, Share]) -> str:

@@ -14,10 +14,10 @@ from numpy.typing import ArrayLike, NDArray
 from mechreward import progress
 from mechreward.errors import ConfigError, DataError
 from mechreward.hacking.redteam.report import Point
+from mechreward.hacking.redteam.target import Floats
 from mechreward.rollout.batch import RolloutBatch
-from mechreward.stats import Interval
+from mechreward.stats import Interval, percentiles
 
-Floats = NDArray[np.float64]
 Objective = Callable[[RolloutBatch], Floats]
 """What an attacker maximises: rollouts -> ``[B]``."""
 
@@ -93,8 +93,8 @@ def _interval(per_question: Floats, drawn: NDArray[np.int64]) -> Interval:
     sums = np.where(known, per_question, 0.0)[drawn].sum(axis=1)
     counts = known[drawn].sum(axis=1)
     value = float(per_question[known].mean())
-    low, high = np.quantile(sums[counts > 0] / counts[counts > 0], [0.025, 0.975])
-    return Interval(value=value, low=min(float(low), value), high=max(float(high), value))
+    low, high = percentiles(sums[counts > 0] / counts[counts > 0])
+    return Interval(value=value, low=min(low, value), high=max(high, value))
 
 
 # -- a suffix ----------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from mechreward.hacking.dual_verifier import Disagreement
 from mechreward.readout import Readings, Request
 from mechreward.reward.base import Reward
 from mechreward.reward.feature_reward import lowered
-from mechreward.reward.guards import Guard, RepetitionDetector, Verdict
+from mechreward.reward.guards import Detects, Guard, RepetitionDetector
 from mechreward.rollout.batch import RolloutBatch
 from mechreward.rollout.sampling import sample, samples_depend_on
 from mechreward.rollout.source import HFSource
@@ -36,19 +36,14 @@ Floats = NDArray[np.float64]
 
 
 @runtime_checkable
-class Suite(Protocol):
+class Suite(Guard, Protocol):
     """A guard made of detectors with thresholds, as :class:`mechreward.hacking.AdversarialSuite` is."""
 
     thresholds: dict[str, float]
 
-    @property
-    def requests(self) -> list[Request]: ...
-
     def calibrate(self, batch: RolloutBatch, readings: Mapping[Request, Readings]) -> None: ...
 
     def scores(self, batch: RolloutBatch, readings: Mapping[Request, Readings]) -> Mapping[str, Tensor]: ...
-
-    def __call__(self, batch: RolloutBatch, readings: Mapping[Request, Readings]) -> Verdict: ...
 
 
 @dataclass(frozen=True)
@@ -123,11 +118,6 @@ class Target:
         parts = [self.reward, *self.guards]
         return list(dict.fromkeys(request for part in parts for request in part.requests))
 
-    @property
-    def detectors(self) -> list[str]:
-        """Names of all detectors."""
-        return [name for guard in self.guards for name in detector_names(guard)]
-
     def read(self, batch: RolloutBatch, requests: Sequence[Request], model: Any = None) -> Mapping[Request, Readings]:
         """Read the policy (by default the untrained model) and the reference."""
         source = HFSource(self.model if model is None else model, self.tokenizer, reference=self.model)
@@ -184,7 +174,8 @@ class Target:
         """Judge rollouts from readings that are there already."""
         raw, batch = self.raw(batch, readings), watched(batch)
         trust, dropped = np.ones(len(batch)), np.zeros(len(batch), dtype=bool)
-        flags = {name: np.zeros(len(batch), dtype=bool) for name in self.detectors}
+        names = [name for guard in self.guards for name in detector_names(guard)]
+        flags = {name: np.zeros(len(batch), dtype=bool) for name in names}
         for guard in self.guards:
             verdict = guard(batch, readings)
             trust = np.minimum(trust, verdict.trust.cpu().double().numpy())
@@ -226,7 +217,9 @@ def watched(batch: RolloutBatch) -> RolloutBatch:
 
 def detector_names(guard: Guard) -> list[str]:
     """Return what the guard's flags are called, whether or not one is raised."""
-    return list(guard.thresholds if isinstance(guard, Suite) else getattr(guard, "names", [type(guard).__name__]))
+    if isinstance(guard, Suite):
+        return list(guard.thresholds)
+    return list(guard.names) if isinstance(guard, Detects) else [type(guard).__name__]
 
 
 def suspicion(
