@@ -18,14 +18,14 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from scipy.stats import beta, norm
 
+from capability.tasks import ChangedTask, matching
+from common.provenance import made_sentence
 from common.tables import table
 from mechreward import stats
 from mechreward.errors import ConfigError, DataError
-from mechreward.files import made_sentence
 from mechreward.schema import Strict
 from mechreward.train.capability import PocketSuite, Scores, Suite
 from mechreward.train.config import Count, NonEmpty, Positive
-from mechreward.train.lm_eval import LmEvalTask, matching
 from mechreward.train.results import DRAWS
 
 LIMIT = 0.02
@@ -67,7 +67,7 @@ class CapabilityConfig(Strict):
     before: NonEmpty
     after: Annotated[dict[NonEmpty, After], Field(min_length=1)]
     pocket: PocketSuite | None = None
-    lm_eval: list[LmEvalTask] = Field(default_factory=list)
+    lm_eval: list[ChangedTask] = Field(default_factory=list)
     batch_size: Positive = 16
     seed: Count = 0
     remarks: list[NonEmpty] = Field(default_factory=list)

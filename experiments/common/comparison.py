@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import yaml
 
+from common.provenance import made_by
 from mechreward import stats
 from mechreward.errors import ConfigError, nearest
-from mechreward.files import ENVIRONMENT, made_by
+from mechreward.files import ENVIRONMENT
 from mechreward.train.results import (
     Run,
     difference,

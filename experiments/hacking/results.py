@@ -17,11 +17,12 @@ from numpy.typing import NDArray
 from scipy.stats import binomtest
 from sklearn.metrics import roc_auc_score
 
+from common.provenance import made_by
 from hacking import defences
 from hacking.defences import Defence, HackingConfig
 from mechreward import stats, verifiers
 from mechreward.errors import ConfigError
-from mechreward.files import ENVIRONMENT, made_by, read_jsonl
+from mechreward.files import ENVIRONMENT, read_jsonl
 from mechreward.hacking.adversarial import AdversarialSuite
 from mechreward.hacking.redteam.campaign import cue_tokens
 from mechreward.hacking.redteam.search import best_of_n

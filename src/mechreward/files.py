@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,11 @@ def read_jsonl(file: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return records
+
+
+def read_if_there(file: Path) -> list[dict[str, Any]]:
+    """The records of a JSONL file; none where it is missing."""
+    return read_jsonl(file) if file.exists() else []
 
 
 def append(file: Path, records: Sequence[Mapping[str, Any]]) -> None:
@@ -103,38 +108,3 @@ def _git(folder: Path, *arguments: str) -> str:
     command = ["git", "-C", str(folder), "--no-optional-locks", *arguments]
     done = subprocess.run(command, capture_output=True, check=True, timeout=30, env=surroundings, encoding="utf-8")
     return done.stdout.strip()
-
-
-def made_by(environments: Iterable[Path]) -> Made:
-    """Say what several runs have in common: every commit, by date, and the first and the last date.
-
-    Args:
-        environments: The runs' ``environment.json``; one that is missing, or that names no commit, counts as not
-            recorded.
-    """
-    each = [_recorded(file) for file in environments]
-    commits = dict.fromkeys(one["commit"] for one in sorted(each, key=lambda one: one["date"] or "") if one["commit"])
-    unknown = sum(not one["commit"] for one in each)
-    dates = sorted({one["date"] for one in each if one["date"]})
-    missing = f" (not recorded for {unknown} of {len(each)} runs)" if unknown else ""
-    return {
-        "commit": _listed(list(commits)) + missing if commits else None,
-        "date": " to ".join(dict.fromkeys([dates[0], dates[-1]])) if dates else None,
-    }
-
-
-def _recorded(file: Path) -> Made:
-    there = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    return {key: there.get(key) for key in ("commit", "date")}
-
-
-def _listed(names: list[str]) -> str:
-    return " and ".join([*([", ".join(names[:-1])] if names[1:] else []), names[-1]])
-
-
-def made_sentence(report: Mapping[str, Any]) -> str:
-    """Say at which commit and when the figures of a report were made, from its ``made``; one without it is older."""
-    told: Made = report.get("made", {})
-    commit, date = told.get("commit"), told.get("date")
-    called = "Commit not recorded" if commit is None else f"{'Commits' if ' and ' in commit else 'Commit'} {commit}"
-    return f"{called}{'' if date is None else f', {date}'}."

@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from mechreward import pocket
-from mechreward.files import ENVIRONMENT, append, environment, forget_after, read_jsonl, write_json
+from mechreward.files import ENVIRONMENT, append, environment, forget_after, read_if_there, write_json
 from mechreward.readout import Readings, Request
 from mechreward.reward.base import all_within
 from mechreward.reward.feature_reward import FeatureReward
@@ -253,9 +253,7 @@ class Recording(TrainerCallback):
             if file.exists() and not (self.folder / RECORDING).exists():
                 file.replace(file.with_suffix(".jsonl.old"))  # of that name, and not ours
             forget_after(file, state.global_step)
-        trace = self.folder / TRACE
-        there = read_jsonl(trace) if trace.exists() else []
-        self.left = self.most - sum(record["set"] == "training" for record in there)
+        self.left = self.most - sum(record["set"] == "training" for record in read_if_there(self.folder / TRACE))
         if not (self.folder / ENVIRONMENT).exists() or state.global_step == 0:
             write_json(self.folder / ENVIRONMENT, environment())
         memory = peak_memory()

@@ -19,6 +19,7 @@ from test_train_config import one_sentence
 
 from capability import comparison
 from capability.comparison import CapabilityConfig, Change, adjusted_wald, change, paired_bootstrap, verdict
+from capability.tasks import ChangedTask
 from mechreward import pocket
 from mechreward.errors import ConfigError, DataError, MechRewardError, MissingExtraError
 from mechreward.files import made_now
@@ -479,9 +480,9 @@ def arc(tmp_path_factory):
     return folder
 
 
-def arc_task(arc, **changes) -> LmEvalTask:
+def arc_task(arc, **changes) -> ChangedTask:
     settings = {"task": "arc_easy", "metric": "acc", "data": {"test": str(arc / "{subset}.jsonl")}, **changes}
-    return LmEvalTask(**settings)
+    return ChangedTask(**settings)
 
 
 @pytest.fixture
@@ -539,7 +540,7 @@ class TestLmEval:
         asked = capability.skill_questions(PocketSuite(questions=12))["word problems"]
         rows = [{"question": q.prompt[len("Question: ") : -len("\nAnswer:")], "answer": q.solution} for q in asked]
         (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        task = LmEvalTask(
+        task = ChangedTask(
             task="gsm8k", metric="exact_match", filter="strict-match", fewshot=0, max_new_tokens=64,
             data={"test": str(tmp_path / "test.jsonl")},
         )  # fmt: skip
@@ -711,7 +712,7 @@ def test_smollm2_knows_more_than_guessing(tmp_path):
         for name in archive.namelist():
             if re.search(r"ARC-Easy/validation/.*\.arrow$", name):
                 file = archive.extract(name, tmp_path)
-    task = LmEvalTask(task="arc_easy", metric="acc_norm", questions=200, data={"test": file})
+    task = ChangedTask(task="arc_easy", metric="acc_norm", questions=200, data={"test": file})
     scores = lm_eval.task_scores(*load_model(str(tmp_path / "model")), task)
     assert scores.chance == pytest.approx(0.25, abs=0.01)
     assert stats.binomtest(int(scores.values.sum()), 200, 0.25, alternative="greater").pvalue < 0.001

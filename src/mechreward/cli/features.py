@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -179,22 +180,10 @@ def export_features(
     from mechreward.features.autointerp import export_for_delphi
 
     chosen = latents.chosen()
-    read = _corpus(chosen, latents)
+    model, tokenizer, items, _ = _corpus(chosen, latents)
     with progress.shown():
-        items = progress.track(read.items, "Reading the corpus", read.count)
-        file = export_for_delphi(read.model, read.tokenizer, chosen.readout, chosen.ids, items, out)
+        file = export_for_delphi(model, tokenizer, chosen.readout, chosen.ids, items, out)
     made(f"{file}: read it with delphi.latents.LatentDataset(raw_dir={str(out)!r}, ...).")
-
-
-@dataclass(frozen=True)
-class _Corpus:
-    """Texts to read, and the model that reads them."""
-
-    model: Any
-    tokenizer: Any
-    items: Any
-    count: int
-    where: str
 
 
 def _examples(chosen: Any, latents: Latents, top: int, context: int) -> tuple[list[Any], str]:
@@ -202,22 +191,24 @@ def _examples(chosen: Any, latents: Latents, top: int, context: int) -> tuple[li
     from mechreward import progress
     from mechreward.features.examples import collect
 
-    read = _corpus(chosen, latents)
+    model, tokenizer, items, where = _corpus(chosen, latents)
     with progress.shown():
-        items = progress.track(read.items, "Reading the corpus", read.count)
-        found = collect(read.model, read.tokenizer, chosen.readout, items, top=top, context=context)
-    return found, f"{found[0].tokens:,} tokens of {found[0].texts:,} texts read by {read.where}"
+        found = collect(model, tokenizer, chosen.readout, items, top=top, context=context)
+    return found, f"{found[0].tokens:,} tokens of {found[0].texts:,} texts read by {where}"
 
 
-def _corpus(chosen: Any, latents: Latents) -> _Corpus:
+def _corpus(chosen: Any, latents: Latents) -> tuple[Any, Any, Iterator[Any], str]:
     """Load the model that the options or the latents name, and open the corpus.
+
+    Returns:
+        The model, its tokenizer, the texts, and what was read by which model.
 
     Raises:
         ConfigError: Neither names a model, or there is no corpus.
     """
     import itertools
 
-    from mechreward import pocket
+    from mechreward import pocket, progress
     from mechreward.errors import ConfigError
     from mechreward.features.examples import pocket_corpus, read_corpus
     from mechreward.rollout.sampling import load_model
@@ -238,4 +229,4 @@ def _corpus(chosen: Any, latents: Latents) -> _Corpus:
         items, where = pocket_corpus(count), "pocket's discovery questions with their solutions"
     else:
         raise ConfigError("Give the texts to read with --corpus.")
-    return _Corpus(*load_model(named), items, count, f"{named}, from {where}")
+    return *load_model(named), progress.track(items, "Reading the corpus", count), f"{named}, from {where}"

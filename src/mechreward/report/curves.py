@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -125,15 +125,20 @@ def alarms(folders: Sequence[Folder]) -> list[dict[str, Any]]:
     """Each alarm that rang: run, name, at which steps, and whether it ended the training."""
     found = []
     for run in folders:
-        rang: dict[str, list[int]] = {}
-        for log in run.metrics:
-            for key, value in log.items():
-                if key.startswith("monitor/alarm/") and isinstance(value, (int, float)) and value > 0:
-                    rang.setdefault(key.removeprefix("monitor/alarm/"), []).append(int(log["step"]))
         said = run.metrics[-1].get("stopped_because") if run.metrics else None  # an earlier one was gone on from
-        found += [{"run": run.name, "alarm": name, "steps": steps} for name, steps in rang.items()]
+        found += [{"run": run.name, "alarm": name, "steps": steps} for name, steps in rang(run.metrics).items()]
         found += [{"run": run.name, "alarm": "training was ended", "steps": [], "said": said}] if said else []
     return found
+
+
+def rang(logs: Sequence[Mapping[str, Any]]) -> dict[str, list[int]]:
+    """The steps at which each alarm rang."""
+    steps: dict[str, list[int]] = {}
+    for log in logs:
+        for key, value in log.items():
+            if key.startswith("monitor/alarm/") and isinstance(value, (int, float)) and value > 0:
+                steps.setdefault(key.removeprefix("monitor/alarm/"), []).append(int(log["step"]))
+    return steps
 
 
 def cost(folders: Sequence[Folder]) -> list[dict[str, Any]]:

@@ -14,9 +14,9 @@ from typing import Any
 import yaml
 
 from mechreward.errors import DataError
-from mechreward.files import read_jsonl
+from mechreward.files import read_if_there
 from mechreward.recording import METRICS, RECORDING, TRACE
-from mechreward.report.curves import GROUPS
+from mechreward.report.curves import GROUPS, rang
 
 SHOWN = ("Test questions", "Reward and its parts", "KL, entropy, length", "Guards and alarms", "Monitors")
 """The report's groups of figures that are worth a line while a training runs."""
@@ -88,7 +88,7 @@ def _written(folder: Path) -> float:
 
 def snapshot(folder: Path) -> Snapshot:
     """Read what there is of a run; a line that is being written is left for the next time."""
-    logs, evaluations = _records(folder / METRICS), _records(folder / "evaluations.jsonl")
+    logs, evaluations = read_if_there(folder / METRICS), read_if_there(folder / "evaluations.jsonl")
     step = max((int(record["step"]) for record in [*logs, *evaluations]), default=0)
     steps = _steps(folder)
     stopped = logs[-1].get("stopped_because") if logs else None  # an earlier one was gone on from
@@ -97,12 +97,9 @@ def snapshot(folder: Path) -> Snapshot:
     left = median(took) * max(steps - step, 0) if steps is not None and len(took) > 1 and not finished else None
     quiet = max(0.0, time.time() - _written(folder))
     curves = series(logs, evaluations)
-    wrong = worst(_records(folder / TRACE))
-    return Snapshot(folder, step, steps, left, quiet, curves, alarms(logs), wrong, stopped, finished)
-
-
-def _records(file: Path) -> list[dict[str, Any]]:
-    return read_jsonl(file) if file.exists() else []
+    alarms = {name: at[0] for name, at in rang(logs).items()}
+    wrong = worst(read_if_there(folder / TRACE))
+    return Snapshot(folder, step, steps, left, quiet, curves, alarms, wrong, stopped, finished)
 
 
 def _steps(folder: Path) -> int | None:
@@ -145,16 +142,6 @@ def series(logs: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str,
                 ordered.setdefault(key, found[key])
     single = len([key for key in ordered if re.fullmatch(r"rewards/.*/mean", key)]) == 1  # it is the reward itself
     return {key: values for key, values in ordered.items() if not (single and key.startswith("rewards/"))}
-
-
-def alarms(logs: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    """The first step at which each alarm rang."""
-    first: dict[str, int] = {}
-    for log in logs:
-        for key, value in log.items():
-            if key.startswith("monitor/alarm/") and value:
-                first.setdefault(key.removeprefix("monitor/alarm/"), int(log["step"]))
-    return first
 
 
 def worst(records: Sequence[dict[str, Any]]) -> dict[str, Any] | None:

@@ -25,9 +25,9 @@ from mechreward.features.pack import FeaturePack
 from mechreward.features.show import visible
 from mechreward.report.comparison import compare
 from mechreward.report.curves import COST, alarms, cost, curves
-from mechreward.report.rollouts import finite, rollouts
+from mechreward.report.rollouts import rollouts
 from mechreward.report.runs import Folder
-from mechreward.train.results import widest
+from mechreward.train.results import widest, without_infinities
 
 HERE = Path(__file__).parent
 
@@ -62,7 +62,7 @@ def page(folders: Sequence[Folder], baseline: str | None = None, most: int = 200
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"visible": visible, "with_interval": _with_interval, "size": _size, "duration": _duration}
+    environment.filters |= {"visible": visible, "with_interval": _with_interval, "duration": _duration}
     return environment.get_template("page.html.j2").render(
         title=title or f"Report: {', '.join(list(comparison['arms'])[:6])}",
         day=date.today().isoformat(),
@@ -81,7 +81,7 @@ def page(folders: Sequence[Folder], baseline: str | None = None, most: int = 200
         style=Markup((HERE / "page.css").read_text(encoding="utf-8")),
         script=Markup(script),
         hashes=Markup(" ".join([_hash(script), plotly.hash])),
-        data=packed(json.dumps(finite(data), separators=(",", ":"), ensure_ascii=False, allow_nan=False)),
+        data=packed(json.dumps(without_infinities(data), separators=(",", ":"), ensure_ascii=False, allow_nan=False)),
         plotly=plotly.packed,
     )
 
@@ -150,16 +150,6 @@ def _difference(found: dict[str, Any] | None) -> str:
         return f"{found['mean']:+.3f} (no interval)"
     low, high = widest(found)
     return f"{found['mean']:+.3f} ({low:+.3f} to {high:+.3f})"
-
-
-def _size(count: float | None) -> str:
-    if count is None:
-        return "–"
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000 or unit == "GB":
-            return f"{count:.3g} {unit}" if count < 1000 else f"{count:,.0f} {unit}"
-        count /= 1000
-    return ""
 
 
 def _duration(seconds: float | None) -> str:

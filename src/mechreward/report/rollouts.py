@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -79,12 +78,3 @@ def _thinned(trace: Sequence[dict[str, Any]], most: int) -> list[dict[str, Any]]
         return list(trace)
     places = np.linspace(0, len(trace) - 1, max(most, 1)).round().astype(int)
     return [trace[place] for place in sorted(set(places.tolist()))]
-
-
-def finite(value: Any) -> Any:
-    """What JSON can hold: None in the place of NaN and infinity."""
-    if isinstance(value, dict):
-        return {key: finite(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

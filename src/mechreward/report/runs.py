@@ -16,7 +16,7 @@ from mechreward import pocket
 from mechreward.errors import DataError, MechRewardError
 from mechreward.features.catalog import load_pack
 from mechreward.features.pack import FeaturePack
-from mechreward.files import ENVIRONMENT, read_jsonl
+from mechreward.files import ENVIRONMENT, read_if_there, read_jsonl
 from mechreward.recording import METRICS, RECORDING, TRACE
 from mechreward.train.results import Run, read_run
 
@@ -173,7 +173,7 @@ def _read(folder: Path, unique: bool) -> Folder:
         tested = tested if tested.steps and all(tested.rows) else None
     if tested is None:
         missing.append("No evaluation on test questions: whether it got better cannot be judged from the training.")
-    trace = read_jsonl(folder / TRACE) if (folder / TRACE).exists() else []
+    trace = read_if_there(folder / TRACE)
     if not trace:
         missing.append(
             "No rollouts with readings (trace.jsonl): it was made with record=None, with a plain GRPOTrainer, or "

@@ -79,6 +79,18 @@ def parse_dtype(name: str) -> torch.dtype:
     return known[name]
 
 
+def as_training(max_new_tokens: int, temperature: float = 1.0) -> dict[str, Any]:
+    """Options of `generate` to sample as TRL does: the whole distribution, whatever the model's own settings are."""
+    return {
+        "do_sample": True,
+        "temperature": temperature,
+        "top_k": 0,
+        "top_p": 1.0,
+        "repetition_penalty": 1.0,
+        "max_new_tokens": max_new_tokens,
+    }
+
+
 @torch.no_grad()
 def sample(
     model: Any,

@@ -32,7 +32,7 @@ from mechreward.reward.guards import Guard
 from mechreward.reward.outcome import OutcomeReward
 from mechreward.rollout.batch import RolloutBatch, Scores
 from mechreward.rollout.labelled import Labelled, Verifier, sample_rollouts
-from mechreward.rollout.sampling import load_model
+from mechreward.rollout.sampling import as_training, load_model
 from mechreward.rollout.source import over_tokens, read_in_pieces
 from mechreward.sae.handle import SAEHandle
 from mechreward.sae.registry import load_sae
@@ -316,11 +316,5 @@ def dtype_of(config: ExperimentConfig) -> str:
 
 
 def sampling(config: ExperimentConfig) -> dict[str, Any]:
-    """Return options for `generate` to sample as TRL does: the whole distribution, at the training temperature."""
-    return {
-        "do_sample": True,
-        "temperature": config.training.temperature,
-        "top_k": 0,
-        "top_p": 1.0,
-        "max_new_tokens": config.training.max_completion_length,
-    }
+    """Return options for `generate` to sample as the training does, at its temperature."""
+    return as_training(config.training.max_completion_length, config.training.temperature)

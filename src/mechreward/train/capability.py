@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from mechreward import pocket, verifiers
 from mechreward.files import environment, write
 from mechreward.pocket.questions import Question, corpus_completion, questions
-from mechreward.rollout.sampling import end_token, load_model, sample
+from mechreward.rollout.sampling import as_training, end_token, load_model, sample
 from mechreward.schema import Strict
 from mechreward.train.config import Count, Positive
 from mechreward.unfinished import digest
@@ -150,8 +150,7 @@ def fingerprint(model: str) -> str | None:
     sha256 = hashlib.sha256()
     for file in files:
         with file.open("rb") as stream:
-            while block := stream.read(1 << 22):
-                sha256.update(block)
+            hashlib.file_digest(stream, lambda: sha256)
     return sha256.hexdigest()
 
 
@@ -219,12 +218,11 @@ def _distinct(asked: Iterable[Question], number: int) -> list[Question]:
 
 def answers(model: Any, tokenizer: Any, asked: Sequence[Question], sampled: bool, seed: int) -> list[str]:
     """Answer each question once: sampled at temperature 1 from the whole distribution, or greedily."""
-    how: dict[str, Any] = {"do_sample": False, "temperature": None, "top_k": None}
-    if sampled:
-        how = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    greedily = {"do_sample": False, "temperature": None, "top_k": None, "max_new_tokens": MAX_NEW_TOKENS}
+    how = as_training(MAX_NEW_TOKENS) if sampled else greedily
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        batch = sample(model, tokenizer, [q.prompt for q in asked], 1, 256, max_new_tokens=MAX_NEW_TOKENS, **how)
+        batch = sample(model, tokenizer, [q.prompt for q in asked], 1, 256, **how)
     return batch.texts
 
 
@@ -266,11 +264,11 @@ def perplexities(model: Any, tokenizer: Any, texts: Sequence[tuple[str, str]]) -
 
 
 @torch.no_grad()
-def token_nats(model: Any, sequences: Sequence[Sequence[int]], batch_size: int = 64) -> list[np.ndarray]:
+def token_nats(model: Any, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
     """Return -log p of each token given those before it, without the first: ``[T - 1]`` float64 for each sequence."""
     found: list[np.ndarray] = []
-    for start in range(0, len(sequences), batch_size):
-        rows = [list(row) for row in sequences[start : start + batch_size]]
+    for start in range(0, len(sequences), 64):
+        rows = [list(row) for row in sequences[start : start + 64]]
         width = max(map(len, rows))
         # Pad on the right, where a causal model does not look.
         ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=model.device)

@@ -1,4 +1,4 @@
-"""lm-eval's tasks, question by question. Prompts and scoring are lm-eval's own; the questions may be local files."""
+"""lm-eval's tasks, question by question. Prompts and scoring are lm-eval's own."""
 
 from __future__ import annotations
 
@@ -11,14 +11,11 @@ from typing import Any
 
 import numpy as np
 import yaml
-from pydantic import Field, field_validator
 
 from mechreward.errors import ConfigError, nearest
 from mechreward.extras import require
 from mechreward.train.capability import Scores, Suite
-from mechreward.train.config import Count, NonEmpty, Positive
-
-FORMATS = {".jsonl": "json", ".json": "json", ".arrow": "arrow", ".parquet": "parquet"}
+from mechreward.train.config import NonEmpty, Positive
 
 
 class LmEvalTask(Suite):
@@ -29,29 +26,19 @@ class LmEvalTask(Suite):
         metric: One of the metrics that it reports, 0 or 1 for each question: ``acc``, ``acc_norm``, ``exact_match``.
         filter: Which of lm-eval's readings of the answer counts; ``none`` for tasks that have only one.
         questions: Number of questions, drawn over the whole task (for a group: over all its tasks); None for all.
-        fewshot: Examples in the prompt. Default: the task's own number.
-        max_new_tokens: For tasks that generate. Default: lm-eval's (256).
-        data: Local files instead of the hub's dataset, by split: .jsonl, .json, .arrow or .parquet, ``{subset}``
-            where a group's tasks differ (MMLU's subject).
     """
 
     task: NonEmpty
     metric: NonEmpty
     filter: NonEmpty = "none"
     questions: Positive | None = 200
-    fewshot: Count | None = None
-    max_new_tokens: Positive | None = None
-    data: dict[str, NonEmpty] = Field(default_factory=dict)
-
-    @field_validator("data")
-    @classmethod
-    def _has_questions(cls, data: dict[str, str]) -> dict[str, str]:
-        if data and not data.keys() & {"test", "validation"}:
-            raise ValueError("names no file for test or validation: the questions are read from these")
-        return data
 
     def check(self) -> None:
         require("lm_eval", "eval")
+
+    def changes(self, own: dict[str, Any]) -> dict[str, Any]:
+        """Return what differs from lm-eval's own definition of one of the tasks: here nothing."""
+        return {}
 
     def scores(self, model: Any, tokenizer: Any, batch_size: int = 16, seed: int = 0) -> dict[str, Scores]:
         return {self.task: task_scores(model, tokenizer, self, batch_size, seed)}
@@ -146,7 +133,7 @@ def loaded_tasks(task: LmEvalTask) -> dict[str, Any]:
     index, names = _found(task.task)
     with tempfile.TemporaryDirectory() as folder:
         for name in names:
-            changed = {"include": str(index[name].yaml_path), "task": name, **_changes(task, index[name].cfg)}
+            changed = {"include": str(index[name].yaml_path), "task": name, **task.changes(index[name].cfg)}
             (Path(folder) / f"{name}.yaml").write_text(yaml.safe_dump(changed, sort_keys=False), encoding="utf-8")
         ours = TaskManager(include_path=folder, include_defaults=False)
         try:
@@ -194,54 +181,3 @@ def _leaves(index: Any, name: str) -> list[str]:
     if not all(isinstance(child, str) for child in children):
         raise ConfigError(f"lm-eval's group '{name}' defines tasks within itself: name its tasks one by one.")
     return [leaf for child in children for leaf in _leaves(index, child)]
-
-
-def _changes(task: LmEvalTask, own: dict[str, Any]) -> dict[str, Any]:
-    """Return what differs from lm-eval's definition: the source of the questions, and the tokens of an answer."""
-    changed: dict[str, Any] = {}
-    if task.fewshot is not None:
-        changed["num_fewshot"] = task.fewshot
-    if task.max_new_tokens is not None:
-        if own.get("output_type") != "generate_until":
-            raise ConfigError(f"lm-eval's task '{task.task}' generates nothing: leave max_new_tokens out.")
-        changed["generation_kwargs"] = {**own.get("generation_kwargs", {}), "max_gen_toks": task.max_new_tokens}
-    if not task.data:
-        return changed
-    files, formats = {}, set()
-    for split, pattern in task.data.items():
-        path = pattern.replace("{subset}", str(own.get("dataset_name")))
-        found = [str(Path(file).resolve()) for file in matching(path)]
-        if not found:
-            raise ConfigError(f"There is no file {path}: lm_eval's `data` of '{task.task}' names it for {split}.")
-        files[split] = found
-        formats |= {FORMATS.get(Path(file).suffix, file) for file in found}
-    if len(formats) > 1 or not formats <= set(FORMATS.values()):
-        raise ConfigError(
-            f"`data` of '{task.task}' should be .jsonl, .json, .arrow or .parquet files, all of one kind."
-        )
-    shots = own.get("num_fewshot", 0) if task.fewshot is None else task.fewshot
-    fewshot_split = own.get("fewshot_split") or own.get("training_split") or own.get("validation_split")
-    if shots and fewshot_split not in files:
-        raise ConfigError(
-            f"lm-eval's task '{task.task}' takes {shots} examples from its split '{fewshot_split}', for which `data` "
-            "names no file: name one, or set fewshot: 0."
-        )
-    return {
-        **changed,
-        "training_split": own.get("training_split") if own.get("training_split") in files else None,
-        "validation_split": "validation" if "validation" in files else None,
-        "test_split": "test" if "test" in files else None,
-        "fewshot_split": fewshot_split if shots else None,
-        "dataset_path": formats.pop(),
-        "dataset_name": None,
-        "dataset_kwargs": {"data_files": files},
-    }
-
-
-def matching(pattern: str) -> list[str]:
-    """Return the files or folders that a pattern names, in order."""
-    parts = Path(pattern).parts
-    fixed = next((i for i, part in enumerate(parts) if re.search(r"[*?\[]", part)), None)
-    if fixed is None:
-        return [pattern] if Path(pattern).exists() else []
-    return sorted(str(path) for path in Path(*parts[:fixed]).glob(str(Path(*parts[fixed:]))))

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from mechreward import stats
 from mechreward.errors import ConfigError
-from mechreward.files import read_jsonl
+from mechreward.files import read_if_there, read_jsonl
 from mechreward.stats import auc
 
 DRAWS = 10_000
@@ -59,8 +59,7 @@ def read_run(folder: Path, seed: int) -> Run:
         if record["step"] in by_step:  # the last evaluation's figures come after its samples
             by_step[record["step"]].append(record)
     rows = [_columns(by_step[step]) for step in steps]
-    metrics = folder / "metrics.jsonl"
-    return Run(seed, steps, rows, figures, read_jsonl(metrics) if metrics.exists() else [])
+    return Run(seed, steps, rows, figures, read_if_there(folder / "metrics.jsonl"))
 
 
 def _columns(records: list[dict[str, Any]]) -> dict[str, NDArray]:
@@ -168,7 +167,7 @@ def _auc(reading: NDArray, right: NDArray) -> float:
 
 
 def without_infinities(value: Any) -> Any:
-    """Replace by None what JSON cannot hold: the interval of one seed, the AUC where all answers are right."""
+    """Replace by None what JSON cannot hold: the interval of one seed, the AUC where all answers are right, NaN."""
     if isinstance(value, dict):
         return {key: without_infinities(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):

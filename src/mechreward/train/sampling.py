@@ -11,6 +11,7 @@ from mechreward import pocket, verifiers
 from mechreward.errors import ConfigError, DataError, nearest
 from mechreward.features.discover import digest
 from mechreward.rollout.labelled import Labelled, holds_rollouts, read_rollouts, sample_rollouts, write_rollouts
+from mechreward.rollout.sampling import as_training
 from mechreward.train.config import QuestionSource, validated
 from mechreward.train.data import load
 from mechreward.unfinished import Unfinished
@@ -45,18 +46,6 @@ class Sampling:
     batch_size: int
     seed: int
     keep: Path | None = None
-
-    @property
-    def generate(self) -> dict[str, Any]:
-        """Options for `generate`: sample as a training does, whatever the model's own settings are."""
-        return {
-            "do_sample": True,
-            "temperature": 1.0,
-            "top_k": 0,
-            "top_p": 1.0,
-            "repetition_penalty": 1.0,
-            "max_new_tokens": self.max_new_tokens,
-        }
 
     def check(self) -> None:
         """Check the options before anything is loaded.
@@ -110,7 +99,7 @@ class Sampling:
             self.seed,
             self.batch_size,
             unfinished,
-            **self.generate,
+            **as_training(self.max_new_tokens),
         )
         if self.keep is not None:
             write_rollouts(labelled, self.keep)
