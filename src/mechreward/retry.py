@@ -31,7 +31,7 @@ class Busy(Exception):
 
     def __init__(self, reason: str, wait: float | None = None):
         super().__init__(reason if wait is None else f"{reason}, which asks to wait {wait:.0f} s")
-        self.wait = wait
+        self.reason, self.wait = reason, wait
 
 
 def raise_if_busy(answer: Any, **_: Any) -> None:

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mechreward.errors import RewardError
-from mechreward.integrations.server.batching import Batcher, Draining, Full
+from mechreward.integrations.server.batching import Batcher
+from mechreward.integrations.server.refusal import Refused
 from mechreward.integrations.server.scorer import Rollout, Score
 from mechreward.integrations.server.worker import WorkerDied
 
@@ -81,7 +82,6 @@ def test_every_request_gets_exactly_its_own_rows_whatever_arrives_when(arriving,
         poison = {n for n, (_, _, fate) in enumerate(arriving) if fate == "poison"}
         scorer = Scorer(poison)
         batcher = Batcher(scorer, budget, queue_tokens=10**9)
-        batcher.start()
         asked, left_early = {}, set()
         for number, (lengths, pause, fate) in enumerate(arriving):
             asked[number] = asyncio.create_task(batcher.submit(request(number, lengths)))
@@ -125,7 +125,6 @@ def test_the_queue_holds_its_tokens_and_no_more(sizes, room):
     async def play():
         scorer = Scorer()
         batcher = Batcher(scorer, batch_tokens=1, queue_tokens=room)
-        batcher.start()
         busy = asyncio.create_task(batcher.submit(request(999, [1])))
         await turns()
         waiting, taken = 0, []
@@ -135,7 +134,7 @@ def test_the_queue_holds_its_tokens_and_no_more(sizes, room):
             await turns(2)
             if waiting and waiting + tokens > room:
                 assert task.done()
-                with pytest.raises(Full):
+                with pytest.raises(Refused, match="The queue is full"):
                     await task
             else:  # one that is larger than the whole queue is taken where nothing waits, or it never could be
                 waiting += tokens
@@ -153,7 +152,6 @@ def test_a_full_queue_says_how_long_it_takes_to_be_computed():
     async def play():
         scorer = Scorer()
         batcher = Batcher(scorer, batch_tokens=100, queue_tokens=1000)
-        batcher.start()
         scorer.allow(1)
         await batcher.submit(request(0, [98]))
         batcher._speed = 20.0  # tokens a second, in place of the fake scorer's thousands
@@ -161,9 +159,9 @@ def test_a_full_queue_says_how_long_it_takes_to_be_computed():
         await turns()  # it is at work
         waiting += [asyncio.create_task(batcher.submit(request(n, [98]))) for n in range(2, 12)]
         await turns()
-        with pytest.raises(Full) as full:
+        with pytest.raises(Refused) as full:
             await batcher.submit(request(12, [98]))
-        assert full.value.wait == 1000 / 20  # the batch at work does not wait any more
+        assert full.value.headers["Retry-After"] == "50"  # 1000 tokens; the batch at work does not wait any more
         scorer.allow()
         await asyncio.gather(*waiting)
 
@@ -174,13 +172,12 @@ def test_a_cancelled_request_makes_room_at_once_and_is_not_computed():
     async def play():
         scorer = Scorer()
         batcher = Batcher(scorer, batch_tokens=10, queue_tokens=20)
-        batcher.start()
         asked = [asyncio.create_task(batcher.submit(request(0, [8])))]
         await turns()  # it is at work
         asked += [asyncio.create_task(batcher.submit(request(n, [8]))) for n in (1, 2)]
         await turns()
         assert batcher.waiting_tokens == 20
-        with pytest.raises(Full):
+        with pytest.raises(Refused, match="The queue is full"):
             await batcher.submit(request(3, [8]))
         asked[1].cancel()
         await turns()
@@ -199,7 +196,6 @@ def test_a_request_that_leaves_in_the_middle_of_its_batch_takes_nothing_from_the
         batcher = Batcher(scorer, batch_tokens=1000, queue_tokens=1000)
         asked = [asyncio.create_task(batcher.submit(request(n, [1, 2]))) for n in range(5)]
         await turns()
-        batcher.start()
         await turns()
         assert [r.prompt_ids[0] for r in scorer.batches[0]] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
         asked[2].cancel()
@@ -217,7 +213,6 @@ def test_one_poisoned_request_does_not_fail_those_in_its_batch():
         batcher = Batcher(scorer, batch_tokens=1000, queue_tokens=1000)
         asked = [asyncio.create_task(batcher.submit(request(n, [3]))) for n in range(5)]
         await turns()
-        batcher.start()
         scorer.allow()
         answers = await asyncio.gather(*asked, return_exceptions=True)
         assert isinstance(answers[2], RewardError)
@@ -233,7 +228,6 @@ def test_a_worker_that_dies_fails_its_batch_and_no_other():
         batcher = Batcher(scorer, batch_tokens=10, queue_tokens=1000)
         asked = [asyncio.create_task(batcher.submit(request(n, [3]))) for n in range(5)]
         await turns()
-        batcher.start()
         scorer.allow()
         answers = await asyncio.gather(*asked, return_exceptions=True)
         assert [isinstance(found, WorkerDied) for found in answers] == [True, True, False, False, False]
@@ -246,12 +240,11 @@ def test_a_drain_answers_all_that_was_taken_and_takes_no_more():
     async def play():
         scorer = Scorer()
         batcher = Batcher(scorer, batch_tokens=10, queue_tokens=1000)
-        batcher.start()
         asked = [asyncio.create_task(batcher.submit(request(n, [5]))) for n in range(6)]
         await turns()
         draining = asyncio.create_task(batcher.drain())
         await turns()
-        with pytest.raises(Draining):
+        with pytest.raises(Refused, match="is stopping"):
             await batcher.submit(request(7, [5]))
         assert not draining.done()
         scorer.allow()
@@ -266,7 +259,6 @@ def test_a_drain_does_not_wait_for_what_nobody_waits_for():
     async def play():
         scorer = Scorer()  # never allowed: a worker that hangs
         batcher = Batcher(scorer, batch_tokens=10, queue_tokens=1000)
-        batcher.start()
         asked = [asyncio.create_task(batcher.submit(request(n, [5]))) for n in range(3)]
         await turns()
         for task in asked:

@@ -35,6 +35,13 @@ def fed(prompt, tokens):
     return Fed(tuple(prompt), tuple(tokens), values)
 
 
+def sent(requests):
+    """As a worker sends them: all requests' tokens and readings, one request after the other."""
+    tokens = torch.tensor([token for request in requests for token in request.tokens], dtype=torch.int32)
+    values = torch.cat([request.values for request in requests])
+    return send_fed([r.prompt for r in requests], [len(r.tokens) for r in requests], tokens, values)
+
+
 @pytest.mark.parametrize("name", ["jumprelu", "topk"])
 def test_readouts_arrive_as_they_were(name):
     sae = by_hand.ours(name)
@@ -83,7 +90,7 @@ def test_each_rollout_finds_its_own_tokens(rollouts, random):
     ]
     random.shuffle(requests)
     batch = batch_of(prompts, completions)
-    values = match(receive_fed(send_fed(requests, 1)), batch, 1)
+    values = match(receive_fed(sent(requests)), batch, 1)
     mask = batch.mask()
     for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         for t, token in enumerate(completion):

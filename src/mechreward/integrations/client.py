@@ -6,7 +6,6 @@ import asyncio
 import random
 import time
 from collections.abc import Sequence
-from types import TracebackType
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -21,10 +20,9 @@ from mechreward.integrations.protocol import (
     ScoreRequest,
     WeightsReply,
 )
-from mechreward.retry import BUSY, retry_after
+from mechreward.retry import BUSY, Busy, retry_after
 from mechreward.schema import most_telling, sentence
 
-JSON = {"Content-Type": "application/json"}
 BYTES = {"Content-Type": "application/octet-stream"}
 
 
@@ -58,9 +56,7 @@ class RewardClient:
     async def __aenter__(self) -> RewardClient:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.close()
 
     async def close(self) -> None:
@@ -84,15 +80,14 @@ class RewardClient:
         """
         asked = _checked(
             ScoreRequest,
-            prompt_ids=[list(ids) for ids in prompt_ids],
-            response_ids=[list(ids) for ids in response_ids],
-            response_mask=None if response_mask is None else [list(mask) for mask in response_mask],
+            prompt_ids=list(map(list, prompt_ids)),
+            response_ids=list(map(list, response_ids)),
+            response_mask=None if response_mask is None else list(map(list, response_mask)),
             labels=None if labels is None else list(labels),
             num_generations=num_generations,
             include=list(include),
         )
-        found = await self._post("/score_tokens", content=asked, headers=JSON)
-        return self._one_each(self._understood(ScoreReply, found), len(response_ids))
+        return await self._ask("/score_tokens", ScoreReply, len(response_ids), json=asked)
 
     async def get_reward(
         self, query: Sequence[str], prompts: Sequence[str], labels: Sequence[str | None] | None = None
@@ -108,8 +103,7 @@ class RewardClient:
             prompts=list(prompts),
             labels=None if labels is None else list(labels),
         )
-        found = await self._post("/get_reward", content=asked, headers=JSON)
-        return self._one_each(self._understood(OpenRLHFReply, found), len(query))
+        return await self._ask("/get_reward", OpenRLHFReply, len(query), json=asked)
 
     async def push_weights(self, safetensors: bytes, version: str) -> WeightsReply:
         """Push a policy's weights, as ``safetensors.torch.save`` writes its ``state_dict()`` without a tied head.
@@ -117,30 +111,31 @@ class RewardClient:
         Raises:
             ServiceError: The server does not take them.
         """
-        found = await self._post("/weights", content=safetensors, headers=BYTES, params={"version": version})
-        return self._understood(WeightsReply, found)
+        return await self._ask(
+            "/weights", WeightsReply, content=safetensors, headers=BYTES, params={"version": version}
+        )
 
-    def _understood(self, kind: Any, found: bytes) -> Any:
+    async def _ask(self, route: str, kind: type[Any], rollouts: int | None = None, **sent: Any) -> Any:
+        """The answer as a ``kind``, with a reward for each of ``rollouts``."""
+        found = await self._post(route, sent)
         try:
-            return kind.model_validate_json(found)
+            reply = kind.model_validate_json(found)
         except ValidationError as error:
             said = error.errors()[0]["msg"]
             raise ServiceError(f"{self.url} does not answer as a reward server of this version ({said}).") from None
-
-    def _one_each(self, reply: Any, rollouts: int) -> Any:
-        if len(reply.rewards) != rollouts:
+        if rollouts is not None and len(reply.rewards) != rollouts:
             raise ServiceError(f"{self.url} answered {len(reply.rewards)} rewards for {rollouts} rollouts.")
         return reply
 
-    async def _post(self, route: str, **sent: Any) -> bytes:
+    async def _post(self, route: str, sent: dict[str, Any]) -> bytes:
         """The answer's body, after as many attempts as fit the deadline."""
         until, wait, attempts = time.monotonic() + self.deadline, self.FIRST_WAIT, 0
         while True:
             attempts += 1
-            reason, asked_for, body = await self._attempt(route, until - time.monotonic(), sent)
-            if body is not None:
-                return body
-            pause = asked_for if asked_for is not None else wait * random.uniform(0.5, 1.0)
+            try:
+                return await self._attempt(route, until - time.monotonic(), sent)
+            except Busy as busy:
+                pause, reason = wait * random.uniform(0.5, 1.0) if busy.wait is None else busy.wait, busy.reason
             if time.monotonic() + pause > until:
                 raise ServiceError(
                     f"{self.url}{route} gave no reward within {self.deadline:g} s ({attempts} attempts, the last: "
@@ -149,35 +144,39 @@ class RewardClient:
             await asyncio.sleep(pause)
             wait = min(2 * wait, self.LONGEST_WAIT)
 
-    async def _attempt(self, route: str, left: float, sent: Any) -> tuple[str, float | None, bytes | None]:
-        """One attempt: (why it failed, the wait that the server asks for, None), or the body."""
+    async def _attempt(self, route: str, left: float, sent: dict[str, Any]) -> bytes:
+        """The body of one attempt's answer.
+
+        Raises:
+            Busy: Another attempt may succeed.
+        """
         httpx = require("httpx", "client")
         try:
             async with asyncio.timeout(max(left, 0.0)):
                 answer = await self._http.post(f"{self.url}{route}", **sent)
         except TimeoutError:
-            return "the deadline", None, None
+            raise Busy("the deadline") from None
         except (httpx.TimeoutException, httpx.NetworkError, httpx.RemoteProtocolError) as error:
-            return f"{type(error).__name__} {error}".strip(), None, None
+            raise Busy(f"{type(error).__name__} {error}".strip()) from None
         except (httpx.HTTPError, httpx.InvalidURL) as error:  # asking again would not help
             raise ServiceError(f"{self.url}{route} cannot be asked ({error}).") from None
         if answer.status_code == 200:
-            return "", None, answer.content
+            return answer.content
         said = _detail(answer)
         # 500 says that this request cannot be scored: another attempt would fail as well.
         if answer.status_code in BUSY - {500}:
-            return f"status {answer.status_code}, {said}", retry_after(answer.headers), None
+            raise Busy(f"status {answer.status_code}, {said}", retry_after(answer.headers))
         raise ServiceError(f"{self.url}{route} refuses the request (status {answer.status_code}): {said}")
 
 
-def _checked(kind: type[BaseModel], **fields: Any) -> str:
-    """A request as JSON.
+def _checked(kind: type[BaseModel], **fields: Any) -> dict[str, Any]:
+    """A request as it is sent.
 
     Raises:
         RewardError: It is none.
     """
     try:
-        return kind(**fields).model_dump_json()
+        return kind(**fields).model_dump()
     except ValidationError as error:
         said = sentence(most_telling(error), kind, "request")
         raise RewardError(f"This cannot be scored: {said}") from None

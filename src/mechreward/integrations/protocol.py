@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
+
+from mechreward.schema import Strict
 
 
 def _whole(text: str) -> str:
@@ -22,11 +24,7 @@ Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 Detail = Literal["token_rewards", "features", "flags"]
 
 
-class _Checked(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class ScoreRequest(_Checked):
+class ScoreRequest(Strict):
     """``POST /score_tokens``: B rollouts by their exact token ids.
 
     Attributes:
@@ -45,7 +43,7 @@ class ScoreRequest(_Checked):
     response_mask: list[list[bool | Annotated[int, Field(ge=0, le=1)]]] | None = None
     labels: list[Text | None] | None = None
     num_generations: Annotated[int, Field(ge=1)] = 1
-    include: list[Detail] = []
+    include: list[Detail] = Field(default=[])
 
     @model_validator(mode="after")
     def _one_row_each(self) -> ScoreRequest:
@@ -66,7 +64,7 @@ class ScoreRequest(_Checked):
         return self
 
 
-class ScoreReply(_Checked):
+class ScoreReply(Strict):
     """The answer to a :class:`ScoreRequest`.
 
     Attributes:
@@ -90,7 +88,7 @@ class ScoreReply(_Checked):
     flags: list[list[str]] | None = None
 
 
-class OpenRLHFRequest(_Checked):
+class OpenRLHFRequest(Strict):
     """``POST /get_reward``, as OpenRLHF 0.11 sends it.
 
     Attributes:
@@ -111,7 +109,7 @@ class OpenRLHFRequest(_Checked):
         return self
 
 
-class OpenRLHFReply(_Checked):
+class OpenRLHFReply(Strict):
     """What OpenRLHF reads.
 
     Attributes:
@@ -125,7 +123,7 @@ class OpenRLHFReply(_Checked):
     extra_logs: dict[str, list[float]]
 
 
-class SlimeRequest(_Checked):
+class SlimeRequest(Strict):
     """``POST /slime``, as slime's remote reward model sends it; the answer is a bare number."""
 
     prompt: Text
@@ -133,7 +131,7 @@ class SlimeRequest(_Checked):
     label: Text | None = None
 
 
-class WeightsReply(_Checked):
+class WeightsReply(Strict):
     """The answer to ``POST /weights``.
 
     Attributes:
@@ -145,7 +143,7 @@ class WeightsReply(_Checked):
     tensors: int
 
 
-class Problem(_Checked):
+class Problem(Strict):
     """An error's body: one sentence that says what is wrong and what to do."""
 
     detail: str

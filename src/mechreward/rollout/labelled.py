@@ -240,10 +240,6 @@ def _rollouts(row: dict[str, Any], where: str) -> list[dict[str, Any]]:
     """The rollouts that a line stands for."""
     row = {"prompt": ""} | _given(row)
     prompt = row["prompt"]
-    if not isinstance(prompt, str) and not (prompt and isinstance(prompt, list) and all(map(_is_message, prompt))):
-        raise DataError(
-            f"{where}: prompt is {shown(prompt)}, but it should be a text or a list of messages with role and content."
-        )
     # Texts without a prompt have nothing in common.
     group = {"group": str(row.get("group", json.dumps(prompt) if prompt else where)), "where": where}
     if "positive" in row and "negative" in row:
@@ -252,16 +248,10 @@ def _rollouts(row: dict[str, Any], where: str) -> list[dict[str, Any]]:
     else:
         found = [row | group]
     for rollout in found:
-        if not isinstance(rollout.get("completion"), str):
-            raise DataError(f"{where}: completion is {shown(rollout.get('completion'))}, but it should be a text.")
-        if rollout.get("label") not in (True, False):
-            raise DataError(
-                f"{where}: label is {shown(rollout.get('label'))}, but it should be true or false, whether the rollout "
-                "shows the behaviour."
-            )
-        for name, (fits, wanted) in _OPTIONAL.items():
-            if rollout.get(name) is not None and not fits(rollout[name]):
-                raise DataError(f"{where}: {name} is {shown(rollout[name])}, but it should be {wanted}.")
+        for name, (fits, wanted) in _FIELDS.items():
+            value = rollout.get(name)
+            if not fits(value) and (value is not None or name in _REQUIRED):
+                raise DataError(f"{where}: {name} is {shown(value)}, but it should be {wanted}.")
     return found
 
 
@@ -270,19 +260,30 @@ def _given(row: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in row.items() if value is not None and value == value}
 
 
-def _is_message(message: Any) -> bool:
-    return isinstance(message, dict) and isinstance(message.get("role"), str) and "content" in message
+def _is_prompt(prompt: Any) -> bool:
+    if isinstance(prompt, list) and prompt:
+        return all(isinstance(m, dict) and isinstance(m.get("role"), str) and "content" in m for m in prompt)
+    return isinstance(prompt, str)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
 
 
 def _are_tokens(ids: Any) -> bool:
     return isinstance(ids, list) and all(type(token) is int and token >= 0 for token in ids)
 
 
-_OPTIONAL: dict[str, tuple[Callable[[Any], bool], str]] = {
+_REQUIRED = ("prompt", "completion", "label")
+
+_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "prompt": (_is_prompt, "a text or a list of messages with role and content"),
+    "completion": (_is_text, "a text"),
+    "label": (lambda value: value in (True, False), "true or false, whether the rollout shows the behaviour"),
     "completion_ids": (_are_tokens, "a list of token ids"),
     "temperature": (lambda value: type(value) in (int, float) and 0 <= value < math.inf, "a number, 0 or more"),
-    "way": (lambda value: isinstance(value, str), "a text"),
-    "paraphrase": (lambda value: isinstance(value, str), "a text"),
+    "way": (_is_text, "a text"),
+    "paraphrase": (_is_text, "a text"),
 }
 
 

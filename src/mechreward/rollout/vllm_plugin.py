@@ -7,29 +7,22 @@ lacks it in vLLM 0.32.
 from __future__ import annotations
 
 from itertools import islice
+from typing import Any
 
 
 def register() -> None:
     """Give Gemma-2 the interface, where vLLM does not."""
-    import torch
     from vllm.model_executor.models import gemma2  # pyright: ignore[reportMissingImports]
     from vllm.model_executor.models.interfaces import (  # pyright: ignore[reportMissingImports]
         EagleModelMixin,
         SupportsEagle3,
     )
-    from vllm.sequence import IntermediateTensors  # pyright: ignore[reportMissingImports]
 
     if issubclass(gemma2.Gemma2Model, EagleModelMixin):
         return
     alone = gemma2.Gemma2Model.forward
 
-    def forward(
-        self,
-        input_ids: torch.Tensor | None,
-        positions: torch.Tensor,
-        intermediate_tensors: IntermediateTensors | None,
-        inputs_embeds: torch.Tensor | None = None,
-    ):
+    def forward(self: Any, input_ids: Any, positions: Any, intermediate_tensors: Any, inputs_embeds: Any = None) -> Any:
         if not self.aux_hidden_state_layers:
             return self.forward_alone(input_ids, positions, intermediate_tensors, inputs_embeds)
         hidden = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds

@@ -10,7 +10,6 @@ it over when asked. Two ways to see the residual stream:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +20,7 @@ from vllm.platforms import current_platform  # pyright: ignore[reportMissingImpo
 
 from mechreward.errors import CaptureError
 from mechreward.readout import HookPoint, ReadoutBank
-from mechreward.rollout.wire import Fed, receive_bank, send_fed, send_problem
+from mechreward.rollout.wire import receive_bank, send_fed, send_problem
 
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as Worker  # pyright: ignore[reportMissingImports]
@@ -74,9 +73,9 @@ class ReadingWorker(Worker):
 
     def mechreward_drain(self) -> str:
         """What was read since the window was opened, which is closed."""
-        assert self._window is not None and self._bank is not None
+        assert self._window is not None
         window, self._window = self._window, None
-        return send_problem(window.problem) if window.problem else send_fed(list(window.requests()), len(self._bank))
+        return send_problem(window.problem) if window.problem else window.sent()
 
 
 def _order(runner: Any) -> list[str]:
@@ -206,21 +205,19 @@ class _Window:
                 self._bank.encode(point, states[point], values, chosen)
             self._steps.append(_Step(stretches, fed[chosen], values))
 
-    def requests(self) -> Iterator[Fed]:
+    def sent(self) -> str:
         """Each request's tokens and readings; a position that was fed twice (preemption) counts the last time."""
-        if not self._steps:
-            return
         stretches = [stretch for step in self._steps for stretch in step.stretches]
         lengths: dict[str, int] = {}
         for request, start, count in stretches:
             lengths[request] = max(lengths.get(request, 0), start + count)
         first = dict(zip(lengths, np.cumsum([0, *lengths.values()]), strict=False))
-        where = np.concatenate([np.arange(count) + first[request] + start for request, start, count in stretches])
         tokens = np.full(sum(lengths.values()), -1, dtype=np.int32)
         values = np.zeros((len(tokens), len(self._bank)), dtype=np.float32)
-        # NumPy keeps the last of several values for one place.
-        tokens[where] = torch.cat([step.tokens for step in self._steps]).cpu().numpy()
-        values[where] = torch.cat([step.values for step in self._steps]).cpu().numpy()
-        for request, length in lengths.items():
-            own = slice(first[request], first[request] + length)
-            yield Fed(tuple(self._prompts[request]), tuple(tokens[own].tolist()), torch.from_numpy(values[own]))
+        if stretches:
+            where = np.concatenate([np.arange(count) + first[request] + start for request, start, count in stretches])
+            # NumPy keeps the last of several values for one place.
+            tokens[where] = torch.cat([step.tokens for step in self._steps]).cpu().numpy()
+            values[where] = torch.cat([step.values for step in self._steps]).cpu().numpy()
+        prompts = [self._prompts[request] for request in lengths]
+        return send_fed(prompts, list(lengths.values()), torch.from_numpy(tokens), torch.from_numpy(values))

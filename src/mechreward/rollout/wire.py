@@ -97,16 +97,18 @@ class Fed:
     values: Tensor
 
 
-def send_fed(requests: Sequence[Fed], columns: int) -> str:
-    """What :func:`receive_fed` reads."""
-    values = [request.values for request in requests]
-    tensors = {
-        "prompts": torch.tensor([t for request in requests for t in request.prompt], dtype=torch.int32),
-        "tokens": torch.tensor([t for request in requests for t in request.tokens], dtype=torch.int32),
-        "values": torch.cat(values) if values else torch.zeros(0, columns),
-    }
-    lengths = [(len(request.prompt), len(request.tokens)) for request in requests]
-    return _text({"lengths": lengths}, tensors)
+def send_fed(prompts: Sequence[Sequence[int]], lengths: Sequence[int], tokens: Tensor, values: Tensor) -> str:
+    """What :func:`receive_fed` reads.
+
+    Args:
+        prompts: The requests' prompts.
+        lengths: How many tokens each has after it.
+        tokens: ``[n]``, those of all requests, one request after the other.
+        values: ``[n, K]`` float32, their readings.
+    """
+    flat = torch.tensor([token for prompt in prompts for token in prompt], dtype=torch.int32)
+    each = list(zip(map(len, prompts), lengths, strict=True))
+    return _text({"lengths": each}, {"prompts": flat, "tokens": tokens.int(), "values": values})
 
 
 def send_problem(problem: str) -> str:

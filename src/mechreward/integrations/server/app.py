@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import json
 import logging
 import tempfile
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, MutableMapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from fastapi import FastAPI, HTTPException, Query, Request, Security
+from fastapi import FastAPI, Query, Request, Security
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 from fastapi.security import HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -33,7 +32,8 @@ from mechreward.integrations.protocol import (
     WeightsReply,
 )
 from mechreward.integrations.served import Served
-from mechreward.integrations.server.batching import Batcher, Draining, Full
+from mechreward.integrations.server.batching import Batcher
+from mechreward.integrations.server.refusal import RESTART, Refused
 from mechreward.integrations.server.scorer import Rollout, Score
 from mechreward.integrations.server.worker import Worker, WorkerDied
 
@@ -52,9 +52,6 @@ GONE = 499
 
 PATIENCE = 30.0
 """Seconds that may pass between two pieces of a request's body."""
-
-RESTART = 5
-"""Seconds after which to ask again where the worker has to be started anew."""
 
 
 @dataclass(frozen=True)
@@ -76,29 +73,6 @@ class Settings:
     queue_tokens: int = 1 << 20
     max_rollouts: int = 1024
     max_body: int = 8 << 20
-
-
-class Refused(HTTPException):
-    """A request that gets an error's answer.
-
-    Args:
-        status: HTTP status.
-        detail: One sentence.
-        wait: Seconds after which to try again, if that may help.
-    """
-
-    def __init__(self, status: int, detail: str, wait: float | None = None):
-        headers = {} if wait is None else {"Retry-After": str(max(1, round(wait)))}
-        if status == 401:
-            headers["WWW-Authenticate"] = "Bearer"
-        if status == 408:  # or the rest of the body would keep the connection
-            headers["Connection"] = "close"
-        super().__init__(status, detail, headers)
-
-    @property
-    def response(self) -> JSONResponse:
-        """As it is sent."""
-        return JSONResponse({"detail": self.detail}, self.status_code, self.headers)
 
 
 class Metrics:
@@ -185,8 +159,7 @@ class RewardServer:
     @asynccontextmanager
     async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
         await self.worker.start()
-        self.batcher.start()
-        logger.info(json.dumps({"event": "ready", "model": self.served.model}))
+        logger.info({"event": "ready", "model": self.served.model})
         yield
         await self.batcher.drain()
         self.worker.stop()
@@ -199,16 +172,8 @@ class RewardServer:
     async def ask(self, request: Request, rollouts: Sequence[Rollout]) -> list[Score]:
         _check(rollouts, self.worker, self.served, self.settings)
         request.state.rollouts, request.state.tokens = len(rollouts), sum(map(len, rollouts))
-        try:
+        with refusing(500, "this batch"):
             scores = await unless_gone(request, self.batcher.submit(rollouts))
-        except Full as full:
-            raise Refused(429, "The queue is full: try again later, or start more servers.", full.wait) from full
-        except Draining:
-            raise Refused(503, "The server is stopping: ask another one.", RESTART) from None
-        except WorkerDied:
-            raise Refused(503, "The worker died over this batch: try again.", RESTART) from None
-        except MechRewardError as error:
-            raise Refused(500, str(error)) from error
         self.metrics.rollouts.inc(len(scores))
         self.metrics.tokens.inc(request.state.tokens)
         self.metrics.flagged.inc(sum(bool(score.flags) for score in scores))
@@ -274,13 +239,10 @@ class RewardServer:
                     if size > self.worker.limits.weights:
                         raise Refused(413, "The file is larger than the weights of the server's model can be.")
                     await asyncio.to_thread(opened.write, piece)
-            taken = await self.worker.load_weights(file, version)
-        except BaseException as error:
+            with refusing(422, "these weights"):
+                taken = await self.worker.load_weights(file, version)
+        except BaseException:
             file.unlink(missing_ok=True)
-            if isinstance(error, WorkerDied):
-                raise Refused(503, "The worker died over these weights: try again.", RESTART) from None
-            if isinstance(error, MechRewardError):
-                raise Refused(422, str(error)) from error
             raise
         self.metrics.pushes.inc()
         return WeightsReply(version=version, tensors=taken)
@@ -352,6 +314,17 @@ def _response(query: str, prompt: str, tokenizer: Any) -> str:
     )
 
 
+@contextmanager
+def refusing(status: int, what: str) -> Iterator[None]:
+    """Answer what the worker raises over ``what``: that it died, or with ``status`` why it refuses."""
+    try:
+        yield
+    except WorkerDied:
+        raise Refused(503, f"The worker died over {what}: try again.", RESTART) from None
+    except MechRewardError as error:
+        raise Refused(status, str(error)) from error
+
+
 async def unless_gone(request: Request, work: Awaitable[T]) -> T:
     """The work's result; cancelled where the client hangs up first.
 
@@ -360,15 +333,14 @@ async def unless_gone(request: Request, work: Awaitable[T]) -> T:
     """
     working = asyncio.ensure_future(work)
     leaving = asyncio.ensure_future(_disconnected(request))
+    leaving.add_done_callback(lambda _: working.cancel())
     try:
-        await asyncio.wait([working, leaving], return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise Refused(GONE, "The client left before the answer.")
-        return working.result()
+        return await working
     except asyncio.CancelledError:
+        if leaving.done():
+            raise Refused(GONE, "The client left before the answer.") from None
         raise Refused(503, "The server had to stop before the answer: ask another one.", RESTART) from None
     finally:
-        working.cancel()
         leaving.cancel()
 
 
@@ -458,4 +430,4 @@ class Gatekeeper:
         self.metrics.seconds.labels(route).observe(seconds)
         record = {"method": scope["method"], "route": route, "status": status, "ms": round(1000 * seconds, 1)}
         record |= {name: scope["state"][name] for name in ("rollouts", "tokens") if name in scope["state"]}
-        logger.info(json.dumps(record))
+        logger.info(record)

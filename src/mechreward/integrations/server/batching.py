@@ -4,28 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from mechreward.errors import MechRewardError
+from mechreward.integrations.server.refusal import RESTART, Refused
 from mechreward.integrations.server.scorer import Rollout, Score
-
-
-class Full(Exception):
-    """The queue has no room.
-
-    Args:
-        wait: Seconds after which it is likely to have some.
-    """
-
-    def __init__(self, wait: float):
-        super().__init__(f"the queue is full; {wait:.0f} s would help")
-        self.wait = wait
-
-
-class Draining(Exception):
-    """The server takes no more requests, since it is about to stop."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +30,7 @@ class Batcher:
     Args:
         score: Scores a batch.
         batch_tokens: Tokens in a batch, prompts included; a larger request is a batch by itself.
-        queue_tokens: Tokens that may wait; more are refused with :class:`Full`.
+        queue_tokens: Tokens that may wait; more are refused.
     """
 
     def __init__(
@@ -55,62 +40,51 @@ class Batcher:
         queue_tokens: int,
     ):
         self._score, self.batch_tokens, self.queue_tokens = score, batch_tokens, queue_tokens
-        self._waiting: OrderedDict[_Asked, None] = OrderedDict()
-        self._open = 0
-        self._arrived = asyncio.Event()
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self._waiting: dict[_Asked, None] = {}  # in the order in which they came; any can leave at once
+        self._open: set[asyncio.Future[list[Score]]] = set()
         self._running: asyncio.Task[None] | None = None
         self._speed = 0.0
         self.draining = False
-        self.batches = 0
         self.waiting_tokens = 0
-
-    def start(self) -> None:
-        """Begin to take batches from the queue."""
-        self._running = asyncio.create_task(self._run())
 
     async def submit(self, rollouts: Sequence[Rollout]) -> list[Score]:
         """Wait in the queue, be scored. Cancelling the call takes the request out of the queue.
 
         Raises:
-            Full, Draining: It is not taken.
+            Refused: The queue is full, or the server is stopping.
             WorkerDied: The worker died with this batch in its hands.
             MechRewardError: The batch cannot be scored.
         """
         if self.draining:
-            raise Draining
+            raise Refused(503, "The server is stopping: ask another one.", RESTART)
         asked = _Asked(rollouts, sum(map(len, rollouts)), asyncio.get_running_loop().create_future())
         if self._waiting and self.waiting_tokens + asked.tokens > self.queue_tokens:
-            raise Full(max(1.0, self.waiting_tokens / self._speed if self._speed else 1.0))
+            wait = self.waiting_tokens / self._speed if self._speed else 1.0
+            raise Refused(429, "The queue is full: try again later, or start more servers.", wait)
         self._waiting[asked] = None
         self.waiting_tokens += asked.tokens
-        self._open += 1
-        self._idle.clear()
-        self._arrived.set()
+        self._open.add(asked.answer)
+        if self._running is None or self._running.done():
+            self._running = asyncio.create_task(self._run())
         try:
             return await asked.answer
         finally:
             self._leave(asked)  # at once where it was cancelled, or those who give up would fill the memory
-            self._open -= 1
-            if not self._open:
-                self._idle.set()
+            self._open.remove(asked.answer)
 
     async def drain(self) -> None:
         """Take no more, and wait until all that was taken has its answer."""
         self.draining = True
-        await self._idle.wait()
+        if self._open:
+            await asyncio.wait(self._open)
         if self._running is not None:
             self._running.cancel()
             await asyncio.gather(self._running, return_exceptions=True)
 
     async def _run(self) -> None:
-        while True:
-            if batch := self._next():
-                await self._answer(batch)
-            else:
-                self._arrived.clear()
-                await self._arrived.wait()
+        """Compute batches until nothing waits."""
+        while batch := self._next():
+            await self._answer(batch)
 
     def _leave(self, asked: _Asked) -> None:
         """Take a request out of the queue, if it still waits."""
@@ -122,8 +96,7 @@ class Batcher:
         """The requests at the head of the queue that fit one batch; those that were given up are left out."""
         batch: list[_Asked] = []
         tokens = 0
-        while self._waiting:
-            head = next(iter(self._waiting))
+        for head in list(self._waiting):
             if batch and tokens + head.tokens > self.batch_tokens:
                 break
             self._leave(head)
@@ -138,21 +111,19 @@ class Batcher:
         try:
             scores = await self._score(rollouts)
         except Exception as error:
-            if isinstance(error, MechRewardError) and len(batch) > 1:  # one request's fault is not the others'
-                for asked in batch:
-                    if not asked.answer.done():
-                        await self._answer([asked])
-                return
+            apart = isinstance(error, MechRewardError) and len(batch) > 1  # one request's fault is not the others'
             for asked in batch:
-                if not asked.answer.done():
+                if asked.answer.done():
+                    continue
+                if apart:
+                    await self._answer([asked])
+                else:
                     asked.answer.set_exception(error)
             return
         speed = sum(map(len, rollouts)) / max(time.monotonic() - began, 1e-6)
-        self._speed = speed if not self.batches else 0.8 * self._speed + 0.2 * speed
-        self.batches += 1
-        start = 0
+        self._speed = 0.8 * self._speed + 0.2 * speed if self._speed else speed
+        rows = iter(scores)
         for asked in batch:
-            end = start + len(asked.rollouts)
+            own = list(islice(rows, len(asked.rollouts)))
             if not asked.answer.done():
-                asked.answer.set_result(scores[start:end])
-            start = end
+                asked.answer.set_result(own)

@@ -10,7 +10,7 @@ from typing import Any
 
 
 class JSONLines(logging.Formatter):
-    """``{"time": ..., "level": ..., "logger": ..., ...}``; a message that is a JSON object is merged into it."""
+    """``{"time": ..., "level": ..., "logger": ..., ...}``; a message that is a dictionary is merged into it."""
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, Any] = {
@@ -18,12 +18,7 @@ class JSONLines(logging.Formatter):
             "level": record.levelname.lower(),
             "logger": record.name,
         }
-        message = record.getMessage()
-        try:
-            said = json.loads(message)
-        except ValueError:
-            said = message
-        line |= said if isinstance(said, dict) else {"message": message}
+        line |= record.msg if isinstance(record.msg, dict) else {"message": record.getMessage()}
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return json.dumps(line)

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -34,18 +34,6 @@ class ModelLimits:
     longest: int | None
     vocabulary: int
     weights: int
-
-
-class ServedModel(Protocol):
-    """What the scorer asks of it. It has one set of weights, whatever a reward says that it reads."""
-
-    tokenizer: Any
-    ends: frozenset[int]
-    limits: ModelLimits
-
-    def read(self, batch: RolloutBatch, requests: Sequence[Request]) -> dict[Request, Readings]: ...
-
-    def load_weights(self, file: Path) -> int: ...
 
 
 class HuggingFaceModel:

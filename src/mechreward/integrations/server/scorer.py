@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mechreward import files
 from mechreward.aggregation import aggregation
 from mechreward.errors import ConfigError
 from mechreward.integrations.served import Served, build_reward
-from mechreward.integrations.server.models import HuggingFaceModel, ServedModel, VLLMModel
-from mechreward.reward.composition import CompositeReward, labels
+from mechreward.integrations.server.models import HuggingFaceModel, VLLMModel
+from mechreward.reward.composition import labels
 from mechreward.reward.feature_reward import FeatureReward
 from mechreward.rollout.batch import RolloutBatch
 from mechreward.rollout.source import over_tokens
@@ -73,15 +74,15 @@ class Scorer:
     def __init__(self, served: Served, memory: Path | None = None):
         self.served, self.version, self.memory = served, INITIAL, memory
         self.reward = build_reward(served)
-        for part in _features(self.reward):
-            if part.aggregation == "per_token":
+        for part in self.reward.rewards:
+            if isinstance(part, FeatureReward) and part.aggregation == "per_token":
                 raise ConfigError(
                     "aggregation='per_token' has no number for a whole rollout: serve another, and ask for "
                     "token_rewards, which every reply can carry."
                 )
         readouts = [request.readout for request in self.reward.requests]
         if served.vllm is None:
-            self.model: ServedModel = HuggingFaceModel(served.model, served.dtype, readouts)
+            self.model = HuggingFaceModel(served.model, served.dtype, readouts)
         else:
             self.model = VLLMModel(served.model, served.dtype, readouts, dict(served.vllm))
         if memory is not None and memory.exists():
@@ -109,9 +110,7 @@ class Scorer:
     def _remember(self) -> None:
         """Keep what the guards know after this batch, until they have learned all."""
         if self.memory is not None and self.reward.guards:
-            part = self.memory.with_suffix(".part")
-            part.write_text(json.dumps(self.reward.state_dict()))
-            part.replace(self.memory)
+            files.write(self.memory, json.dumps(self.reward.state_dict()))
             if all(guard.thresholds for guard in self.reward.guards):  # pyright: ignore[reportAttributeAccessIssue]
                 self.memory = None
 
@@ -176,10 +175,6 @@ class Scorer:
         tensors = self.model.load_weights(file)
         self.version = version
         return tensors
-
-
-def _features(reward: CompositeReward) -> list[FeatureReward]:
-    return [part for part in reward.rewards if isinstance(part, FeatureReward)]
 
 
 def _number(value: float) -> float | None:
