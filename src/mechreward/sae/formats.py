@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -70,7 +71,8 @@ def saelens(
             f"{folder / 'cfg.json'} is not a SAELens configuration ({brief(error)}): fetch it again."
         ) from error
     model_name = model_name or config.get("model_name")
-    kind = {"standard": "relu", "jumprelu": "jumprelu", "topk": "topk", "gated": "gated"}.get(config["architecture"])
+    kinds: dict[str, Kind] = {"standard": "relu", "jumprelu": "jumprelu", "topk": "topk", "gated": "gated"}
+    kind = kinds.get(config["architecture"])
     if kind is None:
         raise SAEError(
             f"{folder} holds a '{config['architecture']}' SAE: standard, jumprelu, topk and gated can be read."
@@ -91,47 +93,39 @@ def saelens(
     if norm not in ("none", "constant_norm_rescale", "layer_norm"):
         raise SAEError(f"{folder} normalises its input by '{norm}', which can't be read: fold it into the weights.")
     read = SafetensorsReader(folder / "sae_weights.safetensors")
-    gates = ("b_gate", "r_mag", "b_mag")
-    vectors = gates if kind == "gated" else ("b_enc", "threshold") if kind == "jumprelu" else ("b_enc",)
-    _check_shapes(folder, read, d_model, d_sae, vectors)
     shift = read("b_dec") if config["apply_b_dec_to_input"] else None
-    if whitening is not None:  # (x - mean) M - b_dec = (x - (mean + b_dec M^-1)) M
-        mean, _, unwhiten = whitening
-        shift = mean if shift is None else mean + shift @ unwhiten
+    handle = _handle(
+        folder,
+        read,
+        kind,
+        hook_point,
+        model_name,
+        name,
+        transform=InputTransform(norm, shift, scale or 1.0, centered),
+        k=k,
+        with_decoder_norm=bool(config.get("rescale_acts_by_decoder_norm")),  # topk(z ||W_dec||)
+        shape=(d_model, d_sae),
+    )
+    return handle if whitening is None else _whitened(handle, *whitening)
+
+
+def _whitened(handle: SAEHandle, mean: Tensor, whiten: Tensor, unwhiten: Tensor) -> SAEHandle:
+    """An SAE of (x - mean) M as one of x: (x - mean) M - b_dec = (x - (mean + b_dec M^-1)) M."""
+    shift = handle.transform.shift
 
     def read_encoder(ids: list[int] | None) -> EncoderColumns:
-        weight = read("W_enc", ids, axis=1)
-        if whitening is not None:
-            weight = whitening[1] @ weight
-        if kind == "gated":
-            nonlinearity = Nonlinearity("gated", {name: read(name, ids) for name in gates})
-            return EncoderColumns(weight, torch.zeros(weight.shape[1]), nonlinearity)
-        bias = read("b_enc", ids)
-        if config.get("rescale_acts_by_decoder_norm"):
-            norms = read("W_dec", ids).norm(dim=-1)  # topk(z ||W_dec||): folded into the encoder
-            weight, bias = weight * norms, bias * norms
-        parameters = {"threshold": read("threshold", ids)} if kind == "jumprelu" else {}
-        return EncoderColumns(weight, bias, Nonlinearity(kind, parameters, k))  # pyright: ignore
+        columns = handle.read_encoder(ids)
+        return replace(columns, weight=whiten @ columns.weight)
 
     def read_decoder() -> tuple[Tensor, Tensor]:
-        w_dec, b_dec = read("W_dec"), read("b_dec")
-        if config.get("rescale_acts_by_decoder_norm"):
-            w_dec = w_dec / w_dec.norm(dim=-1, keepdim=True)
-        if whitening is not None:
-            mean, _, unwhiten = whitening
-            w_dec, b_dec = w_dec @ unwhiten, b_dec @ unwhiten + mean
-        return w_dec, b_dec
+        w_dec, b_dec = handle.read_decoder()
+        return w_dec @ unwhiten, b_dec @ unwhiten + mean
 
-    return SAEHandle(
-        name=name or str(folder),
-        model_name=model_name,
-        hook_point=hook_point,
-        d_model=d_model,
-        d_sae=d_sae,
-        kind=kind,
+    return replace(
+        handle,
         read_encoder=read_encoder,
         read_decoder=read_decoder,
-        transform=InputTransform(norm, shift, scale or 1.0, centered),
+        transform=replace(handle.transform, shift=mean if shift is None else mean + shift @ unwhiten),
     )
 
 
@@ -215,10 +209,7 @@ def gemma_scope(
     if hook_point is None:
         _is_residual(file)
         hook_point = _layer_in(file, r"layer_(\d+)")
-    read = NpzReader(file)
-    return _handle(
-        file, read, "jumprelu", hook_point, model_name, name, parameters=_thresholds(read), vectors=("threshold",)
-    )
+    return _handle(file, NpzReader(file), "jumprelu", hook_point, model_name, name)
 
 
 def gemma_scope_2(folder: Path, model_name: str | None = None, name: str | None = None) -> SAEHandle:
@@ -238,9 +229,7 @@ def gemma_scope_2(folder: Path, model_name: str | None = None, name: str | None 
     names = {"W_enc": "w_enc", "W_dec": "w_dec"}
     read = Renamed(SafetensorsReader(folder / "params.safetensors"), names)
     model_name = model_name or config.get("model_name")
-    return _handle(
-        folder, read, "jumprelu", hook_point, model_name, name, parameters=_thresholds(read), vectors=("threshold",)
-    )
+    return _handle(folder, read, "jumprelu", hook_point, model_name, name)
 
 
 _LINEAR = {
@@ -284,7 +273,8 @@ def llama_scope(folder: Path, name: str | None = None) -> SAEHandle:
         "meta-llama/Llama-3.1-8B",
         name,
         transform=InputTransform(scale=scale),
-        parameters=lambda ids: {"threshold": torch.full((d_sae if ids is None else len(ids),), threshold)},
+        vectors=(),
+        threshold=lambda ids: torch.full((d_sae if ids is None else len(ids),), threshold),
         with_decoder_norm=with_norm,
         shape=(d_model, d_sae),
     )
@@ -324,9 +314,9 @@ def llama_scope_r1(
         model_name,
         name,
         transform=InputTransform(scale=scale),
-        parameters=lambda ids: {"threshold": read("log_jumprelu_threshold", ids).exp()},
-        with_decoder_norm=with_norm,
         vectors=("log_jumprelu_threshold",),
+        threshold=lambda ids: read("log_jumprelu_threshold", ids).exp(),
+        with_decoder_norm=with_norm,
     )
 
 
@@ -400,14 +390,10 @@ def dictionary_learning(folder: Path, model_name: str | None = None, name: str |
     read = Renamed(TorchReader(folder / "ae.pt"), names, ("W_enc", "W_dec") if "W_enc" in names else ())
     width = (*read.shape("W_enc"), 0, 0)[1]
 
-    def threshold(ids: list[int] | None) -> dict[str, Tensor]:
-        if read.shape("threshold") == ():  # one for all
-            return {"threshold": read("threshold").expand(width if ids is None else len(ids)).clone()}
-        return {"threshold": read("threshold", ids)}
+    def shared(ids: list[int] | None) -> Tensor:
+        return read("threshold").expand(width if ids is None else len(ids)).clone()
 
-    def gates(ids: list[int] | None) -> dict[str, Tensor]:
-        return {part: read(part, ids) for part in ("b_gate", "r_mag", "b_mag")}
-
+    one_for_all = kind == "jumprelu" and read.shape("threshold") == ()
     return _handle(
         folder,
         read,
@@ -416,12 +402,10 @@ def dictionary_learning(folder: Path, model_name: str | None = None, name: str |
         model_name or trainer.get("lm_name"),
         name,
         transform=InputTransform(shift=read("b_dec")) if subtracts else RAW_INPUT,
-        parameters={"jumprelu": threshold, "gated": gates}.get(kind, _nothing),
+        vectors=() if one_for_all else None,
+        threshold=shared if one_for_all else None,
         k=k,
-        has_bias=kind != "gated",
         with_decoder_norm=class_name == "AutoEncoder",
-        vectors={"jumprelu": ("threshold",), "gated": ("b_gate", "r_mag", "b_mag")}.get(kind, ()),
-        one_threshold=True,
     )
 
 
@@ -491,15 +475,8 @@ _BY_FILE: dict[str, Callable[[Path], SAEHandle]] = {
 
 # -- what they have in common ------------------------------------------------------------------------------------------
 
-Parameters = Callable[[list[int] | None], dict[str, Tensor]]
-
-
-def _nothing(ids: list[int] | None) -> dict[str, Tensor]:
-    return {}
-
-
-def _thresholds(read: Reader) -> Parameters:
-    return lambda ids: {"threshold": read("threshold", ids)}
+_VECTORS: dict[Kind, tuple[str, ...]] = {"jumprelu": ("threshold",), "gated": ("b_gate", "r_mag", "b_mag")}
+"""The nonlinearity's parameters, one number a latent."""
 
 
 def _handle(
@@ -511,15 +488,13 @@ def _handle(
     name: str | None,
     *,
     transform: InputTransform = RAW_INPUT,
-    parameters: Parameters = _nothing,
+    vectors: tuple[str, ...] | None = None,
+    threshold: Callable[[list[int] | None], Tensor] | None = None,
     k: int = 0,
-    has_bias: bool = True,
     with_decoder_norm: bool = False,
     shape: tuple[int, int] | None = None,
-    vectors: tuple[str, ...] = (),
-    one_threshold: bool = False,
 ) -> SAEHandle:
-    """A handle on tensors that the reader calls W_enc [d, n], b_enc, W_dec [n, d] and b_dec.
+    """A handle on tensors that the reader calls W_enc [d, n], b_enc, W_dec [n, d] and b_dec; gated SAEs have no b_enc.
 
     Args:
         where: For errors, and the name if there is none.
@@ -529,18 +504,22 @@ def _handle(
         model_name: The model whose activations it was trained on.
         name: What to call it.
         transform: What it does to its input.
-        parameters: The nonlinearity's, for chosen columns or all.
+        vectors: What else the file holds one number a latent of; by default the nonlinearity's parameters.
+        threshold: That of chosen latents or all; by default the file's.
         k: For ``topk`` and ``groupmax``.
-        has_bias: False where z has no b_enc.
         with_decoder_norm: Multiply z by the decoder columns' norms.
         shape: (d_model, d_sae) as the configuration says; by default as W_dec does.
-        vectors: What else the file holds one number a latent of.
-        one_threshold: Whether one threshold may stand for all latents.
     """
+    parameters, has_bias = _VECTORS.get(kind, ()), kind != "gated"
     d_sae, d_model = (*read.shape("W_dec"), 0, 0)[:2] if shape is None else shape[::-1]
     if not 0 < transform.scale < math.inf or hook_point.layer < 0:
         raise SAEError(f"{where} says scale {transform.scale} and layer {hook_point.layer}: it is damaged.")
-    _check_shapes(where, read, d_model, d_sae, (*(["b_enc"] if has_bias else []), *vectors), one_threshold)
+    expected = {"W_enc": (d_model, d_sae), "W_dec": (d_sae, d_model), "b_dec": (d_model,)}
+    expected |= {"b_enc": (d_sae,)} if has_bias else {}
+    expected |= dict.fromkeys(parameters if vectors is None else vectors, (d_sae,))
+    for tensor, wanted in expected.items():
+        if (found := tuple(read.shape(tensor))) != wanted:
+            raise SAEError(f"{tensor} in {where} has shape {found}, not {wanted}: the file is damaged.")
     if kind in ("topk", "groupmax") and not (1 <= k <= d_sae and (kind != "groupmax" or d_sae % k == 0)):
         raise SAEError(f"{where} says k={k} of {d_sae} latents: it is damaged.")
 
@@ -550,7 +529,8 @@ def _handle(
         if with_decoder_norm:
             norms = read("W_dec", ids).norm(dim=-1)
             weight, bias = weight * norms, bias * norms
-        return EncoderColumns(weight, bias, Nonlinearity(kind, parameters(ids), k))
+        own = {part: read(part, ids) for part in parameters} if threshold is None else {"threshold": threshold(ids)}
+        return EncoderColumns(weight, bias, Nonlinearity(kind, own, k))
 
     def read_decoder() -> tuple[Tensor, Tensor]:
         w_dec = read("W_dec")
@@ -591,13 +571,3 @@ def _json(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise SAEError(f"{file} holds a {type(content).__name__}, not a configuration: fetch it again.")
     return content
-
-
-def _check_shapes(
-    where: Path, read: Reader, d_model: int, d_sae: int, vectors: tuple[str, ...], one_threshold: bool = False
-) -> None:
-    expected = {"W_enc": (d_model, d_sae), "W_dec": (d_sae, d_model), "b_dec": (d_model,)}
-    for name, shape in (expected | dict.fromkeys(vectors, (d_sae,))).items():
-        found = tuple(read.shape(name))
-        if found != shape and not (name == "threshold" and found == () and one_threshold):
-            raise SAEError(f"{name} in {where} has shape {found}, not {shape}: the file is damaged.")
