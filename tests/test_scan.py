@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mechreward.errors import PackError
-from mechreward.features.discover import effect_sizes
 from mechreward.features.scan import permuted, scan
+from planting import effect_sizes
 
 
 def rollouts(n=60, latents=40, seed=0, planted=()):

@@ -98,7 +98,7 @@ def _found(
         What was found, where the pack's dictionary begins among the latents of all, and the model's name.
     """
     from mechreward.errors import ConfigError
-    from mechreward.features.discover import check_models, check_settings, recorded_as, write_discovery
+    from mechreward.features.discover import Search, check_models, recorded_as, write_discovery
     from mechreward.features.discover import discover as find_features
     from mechreward.features.frozen import freeze as freeze_pack
     from mechreward.rollout.capture import check_fits
@@ -111,23 +111,20 @@ def _found(
         int(_setting(wanted, "questions", options.questions, 250)),
         int(_setting(wanted, "rollouts_per_question", options.rollouts, 4)),
     )
-    settings = {
-        "name": out.stem if template is None else template.name,
-        "behaviour": selection.behaviour if template is None else template.description,
-        "method": selection.method,
-        "aggregation": selection.aggregation or (template.aggregation if template else "mean"),
-        "n_positive": int(_setting(wanted, "n_positive", selection.n_positive, 10)),
-        "n_negative": int(_setting(wanted, "n_negative", selection.n_negative, 10)),
-        "min_firing": _setting(wanted, "min_firing", selection.min_firing, 0.01),
-        "permutations": selection.permutations,
-        "seed": options.seed,
-    }
+    search = Search(
+        method=selection.method,
+        aggregation=selection.aggregation or (template.aggregation if template else "mean"),
+        n_positive=int(_setting(wanted, "n_positive", selection.n_positive, 10)),
+        n_negative=int(_setting(wanted, "n_negative", selection.n_negative, 10)),
+        min_firing=_setting(wanted, "min_firing", selection.min_firing, 0.01),
+        permutations=selection.permutations,
+        seed=options.seed,
+    )
+    pack_name, behaviour = (template.name, template.description) if template else (out.stem, selection.behaviour)
 
     # What is wrong shows before anything is sampled, which may take hours.
     if not names:
         raise ConfigError("Name a sparse autoencoder with --sae, or a pack without features with --recipe.")
-    negative = 0 if settings["method"] == "reasonscore" else settings["n_negative"]
-    check_settings(settings["method"], settings["aggregation"], settings["n_positive"], negative)
     saes = [load_sae(*reference(name)) for name in names]
     check_models(saes)
     made_for = made_for or saes[0].model_name
@@ -138,7 +135,7 @@ def _found(
 
     with resumable(beside(out, "discover")) as unfinished, progress.shown():
         found_in = sampling.labelled(loaded, tokenizer, data, "discovery", unfinished=unfinished)
-        found = find_features(loaded, tokenizer, found_in, saes, **settings)
+        found = find_features(loaded, tokenizer, found_in, saes, pack_name, behaviour, search)
         found = recorded_as(found, template.model if template else made_for)
         write_discovery(found, out)
         best = found.saes.index(found.pack.sae)
