@@ -45,7 +45,6 @@ def saelens(
     folder: Path,
     model_name: str | None = None,
     scale: float | None = None,
-    name: str | None = None,
     overrides: Mapping[str, Any] | None = None,
 ) -> SAEHandle:
     """SAELens' own format: ``cfg.json`` and ``sae_weights.safetensors`` with W_enc [d, n], b_enc, W_dec [n, d], b_dec.
@@ -58,7 +57,6 @@ def saelens(
         model_name: The model whose activations it was trained on, if known better than by ``cfg.json``.
         scale: The norm scaling factor of an SAE with ``expected_average_only_in``; by default the one in
             ``activation_scaler.json``, if there is one.
-        name: What to call it.
         overrides: Entries that replace those of ``cfg.json`` (SAELens' registry corrects some releases so).
     """
     try:
@@ -100,7 +98,6 @@ def saelens(
         kind,
         hook_point,
         model_name,
-        name,
         transform=InputTransform(norm, shift, scale or 1.0, centered),
         k=k,
         with_decoder_norm=bool(config.get("rescale_acts_by_decoder_norm")),  # topk(z ||W_dec||)
@@ -150,10 +147,8 @@ def _whitening(folder: Path, d_model: int) -> tuple[Tensor, Tensor, Tensor]:
         raise SAEError(
             f"{folder} normalises its input by 'covariance_whitening', and {file.name} is not there: save it folded."
         )
-    read, names = SafetensorsReader(file), {"mean": (d_model,)}
-    for name, shape in (names | dict.fromkeys(("matrix", "inverse_matrix"), (d_model, d_model))).items():
-        if (found := read.shape(name)) != shape:
-            raise SAEError(f"{name} in {file} has shape {found}, not {shape}: the file is damaged.")
+    read, square = SafetensorsReader(file), (d_model, d_model)
+    _check_shapes(file, read, {"mean": (d_model,), "matrix": square, "inverse_matrix": square})
     return read("mean"), read("matrix"), read("inverse_matrix")
 
 
@@ -198,9 +193,7 @@ def _is_centered(folder: Path, config: Mapping[str, Any], model_name: str | None
     return centered
 
 
-def gemma_scope(
-    file: Path, hook_point: HookPoint | None = None, model_name: str | None = None, name: str | None = None
-) -> SAEHandle:
+def gemma_scope(file: Path, hook_point: HookPoint | None = None) -> SAEHandle:
     """Gemma Scope: ``params.npz`` with W_enc [d, n], b_enc, threshold, W_dec [n, d], b_dec.
 
     f = max(z, 0) 1[z > threshold], z = x W_enc + b_enc; b_dec is not subtracted and the input is not scaled
@@ -209,10 +202,10 @@ def gemma_scope(
     if hook_point is None:
         _is_residual(file)
         hook_point = _layer_in(file, r"layer_(\d+)")
-    return _handle(file, NpzReader(file), "jumprelu", hook_point, model_name, name)
+    return _handle(file, NpzReader(file), "jumprelu", hook_point)
 
 
-def gemma_scope_2(folder: Path, model_name: str | None = None, name: str | None = None) -> SAEHandle:
+def gemma_scope_2(folder: Path) -> SAEHandle:
     """Gemma Scope 2: ``params.safetensors`` with w_enc [d, n], b_enc, threshold, w_dec [n, d], b_dec; as Gemma Scope.
 
     Source: SAELens' ``gemma_3_sae_huggingface_loader``; the technical report gives the same JumpReLU.
@@ -228,8 +221,7 @@ def gemma_scope_2(folder: Path, model_name: str | None = None, name: str | None 
     hook_point = HookPoint(int(layer[1])) if layer else _layer_in(folder, r"layer_(\d+)")
     names = {"W_enc": "w_enc", "W_dec": "w_dec"}
     read = Renamed(SafetensorsReader(folder / "params.safetensors"), names)
-    model_name = model_name or config.get("model_name")
-    return _handle(folder, read, "jumprelu", hook_point, model_name, name)
+    return _handle(folder, read, "jumprelu", hook_point, config.get("model_name"))
 
 
 _LINEAR = {
@@ -241,7 +233,7 @@ _LINEAR = {
 """The names that two ``torch.nn.Linear`` give; their weights are [out, in], the other way round from ours."""
 
 
-def llama_scope(folder: Path, name: str | None = None) -> SAEHandle:
+def llama_scope(folder: Path) -> SAEHandle:
     """Llama Scope: ``hyperparams.json`` and ``checkpoints/final.safetensors``, trained on scaled activations.
 
     f = max(z, 0) 1[z > T s],  z = n (W_enc (s x) + b_enc),  s = sqrt(d) / (average norm of x)  (He et al. 2024, arXiv
@@ -271,7 +263,6 @@ def llama_scope(folder: Path, name: str | None = None) -> SAEHandle:
         "jumprelu",
         hook_point,
         "meta-llama/Llama-3.1-8B",
-        name,
         transform=InputTransform(scale=scale),
         vectors=(),
         threshold=lambda ids: torch.full((d_sae if ids is None else len(ids),), threshold),
@@ -280,9 +271,7 @@ def llama_scope(folder: Path, name: str | None = None) -> SAEHandle:
     )
 
 
-def llama_scope_r1(
-    folder: Path, scale: float | None = None, model_name: str | None = None, name: str | None = None
-) -> SAEHandle:
+def llama_scope_r1(folder: Path, scale: float | None = None) -> SAEHandle:
     """Llama Scope R1-Distill: ``config.json`` and ``sae_weights.safetensors``; thresholds are stored as logarithms.
 
     f = max(z, 0) 1[z > exp(log_jumprelu_threshold)],  z = n (W_enc (s x) + b_enc)  (SAELens' loader of that name); n as
@@ -291,8 +280,6 @@ def llama_scope_r1(
     Args:
         folder: Where the two files are.
         scale: s, if known better than by ``config.json`` (SAELens' registry holds it).
-        model_name: The model whose activations it was trained on.
-        name: What to call it.
     """
     config = _json(folder / "config.json")
     try:
@@ -311,8 +298,6 @@ def llama_scope_r1(
         read,
         "jumprelu",
         hook_point,
-        model_name,
-        name,
         transform=InputTransform(scale=scale),
         vectors=("log_jumprelu_threshold",),
         threshold=lambda ids: read("log_jumprelu_threshold", ids).exp(),
@@ -320,16 +305,16 @@ def llama_scope_r1(
     )
 
 
-def goodfire(file: Path, model_name: str | None = None, name: str | None = None) -> SAEHandle:
+def goodfire(file: Path) -> SAEHandle:
     """Goodfire (and Qresearch, who leave out ``_linear``): two linear layers. f = max(W_enc x + b_enc, 0)."""
     stored = TorchReader(file)
     hook_point = _layer_in(file, r"[-_/]l(\d+)(?:\D|$)")
     suffix = "_linear" if "encoder_linear.weight" in stored.names else ""
     names = {ours: theirs.replace(".", f"{suffix}.") for ours, theirs in _LINEAR.items()}
-    return _handle(file, Renamed(stored, names, ("W_enc", "W_dec")), "relu", hook_point, model_name, name)
+    return _handle(file, Renamed(stored, names, ("W_enc", "W_dec")), "relu", hook_point)
 
 
-def qwen_scope(file: Path, k: int | None = None, model_name: str | None = None, name: str | None = None) -> SAEHandle:
+def qwen_scope(file: Path, k: int | None = None) -> SAEHandle:
     """Qwen Scope: ``layer{n}.sae.pt`` with W_enc [n, d], b_enc, W_dec [d, n], b_dec; topk(W_enc x + b_enc), then ReLU.
 
     k stands in the repository's name alone (``...-L0_50``).
@@ -340,10 +325,10 @@ def qwen_scope(file: Path, k: int | None = None, model_name: str | None = None, 
             raise SAEError(f"{file} does not say its k: keep Qwen Scope's folder name (SAE-Res-...-L0_50).")
         k = int(found[-1])
     read = Renamed(TorchReader(file), {}, ("W_enc", "W_dec"))
-    return _handle(file, read, "topk", _layer_in(file, r"layer(\d+)\.sae\.pt"), model_name, name, k=k)
+    return _handle(file, read, "topk", _layer_in(file, r"layer(\d+)\.sae\.pt"), k=k)
 
 
-def topk_checkpoint(file: Path, model_name: str | None = None, name: str | None = None) -> SAEHandle:
+def topk_checkpoint(file: Path) -> SAEHandle:
     """One ``.pt`` with W_enc [d, n], b_enc, W_dec [n, d], b_dec and the number k.
 
     topk(z), then ReLU; z = (x - b_dec) W_enc + b_enc.
@@ -354,13 +339,13 @@ def topk_checkpoint(file: Path, model_name: str | None = None, name: str | None 
     """
     read, beside = TorchReader(file), file.with_suffix(".json")
     config = _json(beside) if beside.exists() else {}
-    layer, model_name = config.get("layer"), model_name or config.get("model")
+    layer = config.get("layer")
     hook_point = HookPoint(layer) if type(layer) is int else _layer_in(file, r"[-_/]L(\d+)(?:\D|$)")
     k, transform = read.number("k"), InputTransform(shift=read("b_dec"))
-    return _handle(file, read, "topk", hook_point, model_name, name, transform=transform, k=k)
+    return _handle(file, read, "topk", hook_point, config.get("model"), transform=transform, k=k)
 
 
-def dictionary_learning(folder: Path, model_name: str | None = None, name: str | None = None) -> SAEHandle:
+def dictionary_learning(folder: Path) -> SAEHandle:
     """dictionary_learning (Marks et al.): ``config.json`` and ``ae.pt``.
 
     standard: n max(z, 0), n the norms of the decoder's columns; TopK: topk(max(z, 0)); BatchTopK and Matryoshka at
@@ -399,8 +384,7 @@ def dictionary_learning(folder: Path, model_name: str | None = None, name: str |
         read,
         kind,
         HookPoint(layer),
-        model_name or trainer.get("lm_name"),
-        name,
+        trainer.get("lm_name"),
         transform=InputTransform(shift=read("b_dec")) if subtracts else RAW_INPUT,
         vectors=() if one_for_all else None,
         threshold=shared if one_for_all else None,
@@ -426,7 +410,7 @@ _DICTIONARY_CLASSES: dict[str, tuple[Kind, bool, dict[str, str]]] = {
 }
 
 
-def sparsify(folder: Path, model_name: str | None = None, name: str | None = None) -> SAEHandle:
+def sparsify(folder: Path) -> SAEHandle:
     """EleutherAI's sparsify: ``cfg.json`` and ``sae.safetensors`` with encoder.weight [n, d], W_dec [n, d], b_dec.
 
     topk(max(z, 0)), or the largest of each of k groups (``groupmax``); z = W_enc (x - b_dec) + b_enc  (its
@@ -450,16 +434,9 @@ def sparsify(folder: Path, model_name: str | None = None, name: str | None = Non
         k = int(config["k"])
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise SAEError(f"{folder / 'cfg.json'} has no k ({brief(error)}): fetch it again.") from error
-    return _handle(
-        folder,
-        read,
-        activation,  # pyright: ignore[reportArgumentType] (one of two)
-        _layer_in(folder, r"layers[._](\d+)$"),
-        model_name,
-        name,
-        transform=InputTransform(shift=read("b_dec")),
-        k=k,
-    )
+    kind: Kind = "topk" if activation == "topk" else "groupmax"
+    hook_point = _layer_in(folder, r"layers[._](\d+)$")
+    return _handle(folder, read, kind, hook_point, transform=InputTransform(shift=read("b_dec")), k=k)
 
 
 _BY_FILE: dict[str, Callable[[Path], SAEHandle]] = {
@@ -484,8 +461,7 @@ def _handle(
     read: Reader,
     kind: Kind,
     hook_point: HookPoint,
-    model_name: str | None,
-    name: str | None,
+    model_name: str | None = None,
     *,
     transform: InputTransform = RAW_INPUT,
     vectors: tuple[str, ...] | None = None,
@@ -497,12 +473,11 @@ def _handle(
     """A handle on tensors that the reader calls W_enc [d, n], b_enc, W_dec [n, d] and b_dec; gated SAEs have no b_enc.
 
     Args:
-        where: For errors, and the name if there is none.
+        where: For errors, and its name.
         read: The tensors.
         kind: The nonlinearity.
         hook_point: Where it reads.
-        model_name: The model whose activations it was trained on.
-        name: What to call it.
+        model_name: The model whose activations it was trained on, as far as the files say.
         transform: What it does to its input.
         vectors: What else the file holds one number a latent of; by default the nonlinearity's parameters.
         threshold: That of chosen latents or all; by default the file's.
@@ -517,9 +492,7 @@ def _handle(
     expected = {"W_enc": (d_model, d_sae), "W_dec": (d_sae, d_model), "b_dec": (d_model,)}
     expected |= {"b_enc": (d_sae,)} if has_bias else {}
     expected |= dict.fromkeys(parameters if vectors is None else vectors, (d_sae,))
-    for tensor, wanted in expected.items():
-        if (found := tuple(read.shape(tensor))) != wanted:
-            raise SAEError(f"{tensor} in {where} has shape {found}, not {wanted}: the file is damaged.")
+    _check_shapes(where, read, expected)
     if kind in ("topk", "groupmax") and not (1 <= k <= d_sae and (kind != "groupmax" or d_sae % k == 0)):
         raise SAEError(f"{where} says k={k} of {d_sae} latents: it is damaged.")
 
@@ -537,7 +510,7 @@ def _handle(
         return w_dec / w_dec.norm(dim=-1, keepdim=True) if with_decoder_norm else w_dec, read("b_dec")
 
     return SAEHandle(
-        name=name or str(where),
+        name=str(where),
         model_name=model_name,
         hook_point=hook_point,
         d_model=d_model,
@@ -571,3 +544,9 @@ def _json(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise SAEError(f"{file} holds a {type(content).__name__}, not a configuration: fetch it again.")
     return content
+
+
+def _check_shapes(where: Path, read: Reader, expected: Mapping[str, tuple[int, ...]]) -> None:
+    for name, shape in expected.items():
+        if (found := tuple(read.shape(name))) != shape:
+            raise SAEError(f"{name} in {where} has shape {found}, not {shape}: the file is damaged.")
