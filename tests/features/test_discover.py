@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from by_hand import SAES, means, ours, rollouts, tokens
-from planting import pocket
+from planting import effect_sizes, pocket
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import GroupKFold, cross_val_predict
@@ -23,7 +23,6 @@ from mechreward.features.discover import (
     check_models,
     digests,
     discover,
-    effect_sizes,
     read_chance,
     recorded_as,
     select,
@@ -61,7 +60,6 @@ def test_the_scan_reads_what_saelens_encodes(by_effect):
     """Dictionaries one after the other. A latent at its threshold may flip: at most one in a thousand."""
     acts, labels = np.concatenate([means("topk"), means("jumprelu")], axis=1), rollouts().labels
     scan, effects = by_effect.scan, effect_sizes(acts, labels)
-    assert scan.rollouts == len(labels)
     assert np.isclose(scan.effect, effects, rtol=1e-3, atol=1e-4).mean() > 0.999
     fires = (acts > 0).mean(axis=0)
     assert np.isclose(scan.firing, fires).mean() > 0.999

@@ -115,7 +115,8 @@ def change(auc, up):
 
 @pytest.mark.parametrize(("low", "passed"), [(g.LENGTH_LOW, True), (g.LENGTH_LOW - 1e-6, False)])
 def test_the_length_tests_verdict(low, passed):
-    test = g._length_test(Interval(value=0.3, low=low, high=0.5))
+    found = Interval(value=0.3, low=low, high=0.5)
+    test = g._lower_end_test("length_controlled", "Without the length it is", found, g.LENGTH_LOW)
     assert (test.name, test.passed) == ("length_controlled", passed)
     assert f"the lower end {'reaches' if passed else 'does not reach'} 0.15." in test.sentence
     assert "0.30 (95 % interval 0.15 to 0.50)" in test.sentence

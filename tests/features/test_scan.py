@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from planting import effect_sizes
 
 from mechreward.errors import PackError
-from mechreward.features.discover import effect_sizes
 from mechreward.features.scan import permuted, scan
 
 

@@ -10,6 +10,7 @@ import re
 import shutil
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -133,3 +134,13 @@ def extended_sae(folder, weights, biases, thresholds):
     config = json.loads((folder / "cfg.json").read_text())
     (folder / "cfg.json").write_text(json.dumps(config | {"d_sae": len(tensors["b_enc"])}))
     return mr.load_sae(path=folder)
+
+
+def effect_sizes(activations, labels):
+    """Cohen's d of every latent in two passes over all rollouts ``[F]``; 0 for one that never varies."""
+    a = activations.astype(np.float64)
+    sides = [side - a[0] for side in (a[np.asarray(labels)], a[~np.asarray(labels)])]  # what never varies becomes 0
+    squares = sum(np.square(side - side.mean(axis=0)).sum(axis=0) for side in sides)
+    difference = sides[0].mean(axis=0) - sides[1].mean(axis=0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(difference == 0, 0.0, difference / np.sqrt(squares / (len(a) - 2)))

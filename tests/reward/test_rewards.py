@@ -7,6 +7,7 @@ import types
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -499,7 +500,7 @@ def saved_sae(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def handle(saved_sae):
-    return formats.saelens(saved_sae[1], name="tiny-res/layer_1")
+    return replace(formats.saelens(saved_sae[1]), name="tiny-res/layer_1")
 
 
 def test_a_packs_reward_is_its_features_weighted_and_averaged_over_the_tokens_that_are_read(

@@ -111,10 +111,6 @@ def _found(
         int(_setting(wanted, "questions", options.questions, 250)),
         int(_setting(wanted, "rollouts_per_question", options.rollouts, 4)),
     )
-
-    # What is wrong shows before anything is sampled, which may take hours.
-    if not names:
-        raise ConfigError("Name a sparse autoencoder with --sae, or a pack without features with --recipe.")
     search = Search(
         method=selection.method,
         aggregation=selection.aggregation or (template.aggregation if template else "mean"),
@@ -124,6 +120,11 @@ def _found(
         permutations=selection.permutations,
         seed=options.seed,
     )
+    pack_name, behaviour = (template.name, template.description) if template else (out.stem, selection.behaviour)
+
+    # What is wrong shows before anything is sampled, which may take hours.
+    if not names:
+        raise ConfigError("Name a sparse autoencoder with --sae, or a pack without features with --recipe.")
     saes = [load_sae(*reference(name)) for name in names]
     check_models(saes)
     made_for = made_for or saes[0].model_name
@@ -134,9 +135,7 @@ def _found(
 
     with resumable(beside(out, "discover")) as unfinished, progress.shown():
         found_in = sampling.labelled(loaded, tokenizer, data, "discovery", unfinished=unfinished)
-        name = out.stem if template is None else template.name
-        behaviour = selection.behaviour if template is None else template.description
-        found = find_features(loaded, tokenizer, found_in, saes, name, behaviour, search)
+        found = find_features(loaded, tokenizer, found_in, saes, pack_name, behaviour, search)
         found = recorded_as(found, template.model if template else made_for)
         write_discovery(found, out)
         best = found.saes.index(found.pack.sae)

@@ -33,7 +33,7 @@ from mechreward.rollout.source import pooled
 from mechreward.sae.handle import SAEHandle
 from mechreward.sae.registry import reference
 
-_ROWS = 64  # rows that are converted to float64 at a time: extra memory is 64 rows, however many rollouts there are
+_ROWS = 64  # rollouts that are scanned at a time: extra memory is 64 rows, however many there are
 _SCREENED = 64  # latents of a dictionary, the strongest by effect, that a sparse regression chooses from
 
 METHODS = ("effect", "firing", "lasso", "reasonscore")
@@ -93,10 +93,9 @@ class Search:
         find_aggregation(self.aggregation)
         if self.aggregation == "per_token":
             raise ConfigError("aggregation='per_token' gives no number for a rollout to select by: use 'mean'.")
-        positive, negative, _ = self.rank
-        if positive < 0 or negative < 0 or positive + negative == 0:
+        if min(self.n_positive, self.lowering) < 0 or self.n_positive + self.lowering == 0:
             raise ConfigError(
-                f"n_positive={positive} and n_negative={negative} select no latents"
+                f"n_positive={self.n_positive} and n_negative={self.lowering} select no latents"
                 f"{' (reasonscore knows no negative ones)' if self.by_words else ''}: ask for at least one."
             )
 
@@ -106,8 +105,9 @@ class Search:
         return self.method == "reasonscore"
 
     @property
-    def rank(self) -> _Rank:
-        return _Rank(self.n_positive, 0 if self.by_words else self.n_negative, self.min_firing)
+    def lowering(self) -> int:
+        """How many latents to take among those that fall."""
+        return 0 if self.by_words else self.n_negative
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ def discover(
         ModelMismatchError: A dictionary reads another model.
     """
     search = search or Search()
-    rank, by_words = search.rank, search.by_words
+    by_words = search.by_words
     check_models(saes)
     everything = [sae.all_features() for sae in saes]
     check_fits(everything, model)
@@ -183,15 +183,12 @@ def discover(
         chosen = _sparse_regressions(model, rollouts, saes, spans, found, search)
     else:
         criteria = found.effects if search.method == "effect" else found.gaps if scores is None else [scores]
-        chosen = [[rank(i, row[span], found, span) for i, span in enumerate(spans)] for row in criteria]
+        chosen = [[_ranked(i, row[span], found, span, search) for i, span in enumerate(spans)] for row in criteria]
     per_sae, *others = chosen
     chance = [max(selections, key=lambda s: s.strength) for selections in others]
     best = max(per_sae, key=lambda selection: selection.strength)
     if len(best.ids) == 0:
-        raise PackError(
-            f"No latent fires in at least {search.min_firing:.0%} of the {len(rollouts)} rollouts and differs between "
-            "those with and without the behaviour: lower min_firing, or contrast more rollouts."
-        )
+        raise _nothing_found(search.min_firing, len(rollouts))
 
     settings: dict[str, str | int | float] = {
         "made_by": "mechreward discover",
@@ -200,9 +197,9 @@ def discover(
         "discovery_rollouts": len(rollouts),
         "discovery_with_behaviour": int(rollouts.labels.sum()),
         "dictionaries_scanned": len(saes),
-        "n_positive": rank.n_positive,
-        "n_negative": rank.n_negative,
-        "min_firing": rank.min_firing,
+        "n_positive": search.n_positive,
+        "n_negative": search.lowering,
+        "min_firing": search.min_firing,
         "permutations": search.permutations,
         "seed": search.seed,
     }
@@ -211,9 +208,24 @@ def discover(
         settings["latents_significant"] = int((p <= 0.05).sum())
         settings["largest_effect"] = float(np.nan_to_num(np.abs(found.effect[spans[best.sae]][best.ids]).max()))
         settings["largest_effect_by_chance"] = float(np.nan_to_num(found.largest_by_chance.max(initial=0.0)))
-    pack = _pack(saes[best.sae], best, name, behaviour, search.aggregation, rollouts)
+    sae = saes[best.sae]
+    pack = FeaturePack(
+        name=name,
+        description=behaviour,
+        model=sae.model_name or UNNAMED,
+        sae=_reference(sae),
+        hook_point=str(sae.hook_point),
+        d_model=sae.d_model,
+        d_sae=sae.d_sae,
+        aggregation=search.aggregation,
+        features=[PackFeature(id=int(i), weight=float(w)) for i, w in zip(best.ids, best.weights, strict=True)],
+        status="candidate",
+        status_reason=f"Chosen on {len(rollouts)} rollouts; no gate has measured it on others.",
+        provenance=settings,
+        licence="not stated",
+    )
     return Discovery(
-        pack=pack.model_copy(update={"provenance": settings}),
+        pack=pack,
         per_sae=per_sae,
         scan=None if by_words else found,
         scores=scores,
@@ -221,41 +233,6 @@ def discover(
         saes=[_reference(sae) for sae in saes],
         asked=digests(rollouts),
     )
-
-
-def effect_sizes(activations: NDArray, labels: ArrayLike) -> NDArray[np.float64]:
-    """Cohen's d of every latent between rollouts with and without the behaviour.
-
-    d = (mean_1 - mean_0) / s,  s^2 = ((n_1 - 1) s_1^2 + (n_0 - 1) s_0^2) / (n_1 + n_0 - 2)
-    (Cohen 1988, Statistical Power Analysis for the Behavioral Sciences, section 2.5.2; s_1, s_0 with n - 1.)
-
-    Args:
-        activations: Aggregated activation per rollout and latent [n, F], any float type; computed in float64.
-        labels: Whether the rollout shows the behaviour [n], bool.
-
-    Returns:
-        d [F], float64. A latent that never varies gets 0; one that varies only between the two sets gets an infinite
-        or huge value.
-    """
-    positive = _checked_labels(activations, labels)
-    weights = np.stack([~positive, positive]).astype(np.float64)  # [2, n]
-    counts = weights.sum(axis=1)
-    # Two passes, means then squares, since sums of squares cancel. Every value is taken relative to the first row,
-    # which makes a constant latent exactly 0 in both, where rounding would give it a d of noise over noise.
-    means = np.zeros((2, activations.shape[1]))
-    for rows, block in _blocks(activations):
-        means += weights[:, rows] @ block
-    means /= counts[:, None]
-    if not np.isfinite(means).all():
-        raise PackError("Some activations are NaN or infinite: leave out the rollouts in which no token could be read.")
-    squares = np.zeros(activations.shape[1])
-    for rows, block in _blocks(activations):
-        block -= means[positive[rows].astype(int)]
-        squares += np.einsum("nf,nf->f", block, block)
-    pooled = np.sqrt(squares / (len(positive) - 2))
-    difference = means[1] - means[0]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(difference == 0, 0.0, difference / pooled)
 
 
 def select(
@@ -283,59 +260,31 @@ def select(
         ids [K] int64 and weights [K] float64, positive side first, strongest first, equal effects by lower id.
         K < n_positive + n_negative when fewer latents qualify.
     """
-    effects = effect_sizes(activations, labels)
-    fired = np.zeros(activations.shape[1])
-    for start in range(0, len(activations), _ROWS):
-        fired += np.count_nonzero(activations[start : start + _ROWS] > 0, axis=0)
-    effects[fired < min_firing * len(activations)] = 0.0
-    ids = _strongest(effects, n_positive, n_negative)
+    rows = (activations[start : start + _ROWS] for start in range(0, len(activations), _ROWS))
+    found = scan(rows, labels, permutations=0)
+    search = Search(n_positive=n_positive, n_negative=n_negative, min_firing=min_firing)
+    ids = _ranked(0, found.effect, found, slice(None), search).ids
     if len(ids) == 0:
-        raise PackError(
-            f"No latent fires in at least {min_firing:.0%} of the {len(activations)} rollouts and differs between "
-            "those with and without the behaviour: lower min_firing, or contrast more rollouts."
-        )
-    return ids, _even_weights(effects[ids], activations[:, ids].astype(np.float64).std(axis=0))
-
-
-def _checked_labels(activations: NDArray, labels: ArrayLike) -> NDArray[np.bool_]:
-    """Labels as bool, after making sure that there is something to contrast."""
-    positive = np.asarray(labels).astype(bool)
-    if activations.ndim != 2 or positive.shape != activations.shape[:1]:
-        raise PackError(
-            f"Contrast needs activations [rollouts, latents] and one label per rollout, but got shapes "
-            f"{activations.shape} and {positive.shape}."
-        )
-    if positive.all() or not positive.any() or len(positive) < 3:
-        raise PackError(
-            f"Contrast needs rollouts with and without the behaviour, but {positive.sum()} of {len(positive)} show it: "
-            "sample more rollouts, or at another temperature."
-        )
-    return positive
-
-
-def _blocks(activations: NDArray) -> Iterator[tuple[slice, NDArray[np.float64]]]:
-    """The activations a few rows at a time, in float64, relative to the first row."""
-    origin = activations[0].astype(np.float64)
-    for start in range(0, len(activations), _ROWS):
-        rows = slice(start, start + _ROWS)
-        yield rows, activations[rows].astype(np.float64) - origin
+        raise _nothing_found(min_firing, len(activations))
+    return ids, _even_weights(found.effect[ids], activations[:, ids].astype(np.float64).std(axis=0))
 
 
 # The pieces of a discovery ------------------------------------------------------------------------------------------
 
 
-class _Rank(NamedTuple):
-    """Takes the latents of the greatest criterion on either side."""
+def _nothing_found(min_firing: float, rollouts: int) -> PackError:
+    return PackError(
+        f"No latent fires in at least {min_firing:.0%} of the {rollouts} rollouts and differs between those with and "
+        "without the behaviour: lower min_firing, or contrast more rollouts."
+    )
 
-    n_positive: int
-    n_negative: int
-    min_firing: float
 
-    def __call__(self, sae: int, criterion: NDArray, moments: Scan, span: slice) -> Selection:
-        score = np.where(moments.firing[span] < self.min_firing, 0.0, criterion)
-        ids = _strongest(score, self.n_positive, self.n_negative)
-        strength = float(np.abs(score[ids]).mean()) if len(ids) else 0.0
-        return Selection(sae, ids, _even_weights(score[ids], moments.spread[span][ids]), strength)
+def _ranked(sae: int, criterion: NDArray, found: Scan, span: slice, search: Search) -> Selection:
+    """The latents of one dictionary with the greatest criterion on either side."""
+    score = np.where(found.firing[span] < search.min_firing, 0.0, criterion)
+    ids = _strongest(score, search.n_positive, search.lowering)
+    strength = float(np.abs(score[ids]).mean()) if len(ids) else 0.0
+    return Selection(sae, ids, _even_weights(score[ids], found.spread[span][ids]), strength)
 
 
 def _strongest(score: NDArray, n_positive: int, n_negative: int) -> NDArray[np.int64]:
@@ -352,12 +301,6 @@ def _even_weights(score: NDArray, spread: NDArray) -> NDArray[np.float64]:
     return np.sign(score) / np.maximum(spread, np.finfo(np.float64).tiny) / max(1, len(score))
 
 
-def _labellings(rollouts: Labelled, permutations: int, seed: int) -> NDArray[np.bool_]:
-    """The labels and the permutations that the scan made, ``[1 + P, n]``."""
-    shuffled = permuted(rollouts.labels, rollouts.groups, permutations, np.random.default_rng(seed))
-    return np.concatenate([rollouts.labels[None], shuffled])
-
-
 def _sparse_regressions(
     model: Any,
     rollouts: Labelled,
@@ -367,8 +310,11 @@ def _sparse_regressions(
     search: Search,
 ) -> Iterator[list[Selection]]:
     """For each labelling, a sparse logistic regression on each dictionary's latents of largest effect under it."""
-    rank, labellings = search.rank, _labellings(rollouts, search.permutations, search.seed)
-    screened = [[_screened(row[span], found.firing[span], rank.min_firing) for span in spans] for row in found.effects]
+    rng = np.random.default_rng(search.seed)  # the seed of the scan: the same permutations
+    labellings = [rollouts.labels, *permuted(rollouts.labels, rollouts.groups, search.permutations, rng)]
+    screened = [
+        [_screened(row[span], found.firing[span], search.min_firing) for span in spans] for row in found.effects
+    ]
     # A latent that any labelling has screened is read once.
     wanted = [np.unique(np.concatenate([each[i] for each in screened])) for i in range(len(saes))]
     readouts = [sae.features(ids.tolist()) for sae, ids in zip(saes, wanted, strict=True) if len(ids)]
@@ -383,7 +329,7 @@ def _sparse_regressions(
         for i, latents in enumerate(ids):
             x = columns[i][:, np.searchsorted(wanted[i], latents)]
             coefficients, area = sparse_logistic(x, labels, rollouts.groups)
-            best = _strongest(coefficients, rank.n_positive, rank.n_negative)
+            best = _strongest(coefficients, search.n_positive, search.lowering)
             spread = np.maximum(x[:, best].std(axis=0), np.finfo(np.float64).tiny)
             selections.append(Selection(i, latents[best], coefficients[best] / spread, area))
         yield selections
@@ -436,26 +382,6 @@ def sparse_logistic(x: NDArray, labels: NDArray, groups: NDArray) -> tuple[NDArr
         if area > best[1]:
             best = fit(slice(None)).coef_[0], area
     return best
-
-
-def _pack(
-    sae: SAEHandle, chosen: Selection, name: str, behaviour: str, aggregation: str, rollouts: Labelled
-) -> FeaturePack:
-    return FeaturePack(
-        name=name,
-        description=behaviour,
-        model=sae.model_name or UNNAMED,
-        sae=_reference(sae),
-        hook_point=str(sae.hook_point),
-        d_model=sae.d_model,
-        d_sae=sae.d_sae,
-        aggregation=aggregation,
-        features=[PackFeature(id=int(i), weight=float(w)) for i, w in zip(chosen.ids, chosen.weights, strict=True)],
-        status="candidate",
-        status_reason=f"Chosen on {len(rollouts)} rollouts; no gate has measured it on others.",
-        provenance={},
-        licence="not stated",
-    )
 
 
 def _reference(sae: SAEHandle) -> SAERef:

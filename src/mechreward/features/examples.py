@@ -11,7 +11,7 @@ import heapq
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -238,13 +238,11 @@ def latent_activations(
 
 def _counted(batch: RolloutBatch, mask: torch.Tensor, special: torch.Tensor) -> torch.Tensor:
     """``[B, T]`` bool: what is read, without special tokens and the first position."""
-    ids = torch.full(mask.shape, -1)
-    for row, completion in enumerate(batch.completion_ids):
-        ids[row, : len(completion)] = torch.tensor(completion, dtype=torch.long)
-    counted = mask & ~torch.isin(ids, special)
-    for row, prompt in enumerate(batch.prompt_ids):
-        if not prompt and counted.shape[1]:
-            counted[row, 0] = False
+    counted = mask.clone()
+    for row, (prompt, completion) in enumerate(zip(batch.prompt_ids, batch.completion_ids, strict=True)):
+        counted[row, : len(completion)] &= ~torch.isin(torch.tensor(completion, dtype=torch.long), special)
+        if not prompt:
+            counted[row, :1] = False
     return counted
 
 
@@ -253,85 +251,74 @@ def _batches(
 ) -> Iterator[tuple[list[int], RolloutBatch]]:
     """The corpus as rollout batches, with the number of each row's text."""
     source, vocabulary = HFSource(model, tokenizer), unwrap(model).get_input_embeddings().num_embeddings  # pyright: ignore
-    waiting: list[tuple[int, Passage]] = []
+    pieces = _pieces(corpus, tokenizer, length)
+    for made, run in itertools.groupby(pieces, key=lambda piece: isinstance(piece[1], RolloutBatch)):
+        if made:
+            yield from ((list(range(number, number + len(batch))), batch) for number, batch in run)
+            continue
+        while some := list(itertools.islice(run, batch_size)):
+            numbers = [number for number, _ in some]
+            yield numbers, _tokenised(source, [passage for _, passage in some], numbers, vocabulary)
 
-    def batch() -> tuple[list[int], RolloutBatch]:
-        numbers, passages = [number for number, _ in waiting], [passage for _, passage in waiting]
-        waiting.clear()
-        prompts, completions, ids = zip(*passages, strict=True)
-        try:
-            made = source.batch(Call(prompts, completions, ids))
-        except (ValueError, TypeError, KeyError, jinja2.TemplateError) as error:  # from a chat template, or its lack
-            said = " ".join(str(error).split())[:200]
-            raise DataError(
-                f"The prompts of texts {numbers[0] + 1} to {numbers[-1] + 1} of the corpus cannot be tokenised "
-                f"({type(error).__name__}: {said}): give plain prompts, or conversations that the model's chat "
-                "template takes."
-            ) from error
-        largest = max(max(row, default=0) for row in [*made.prompt_ids, *made.completion_ids])
-        if largest >= vocabulary:
-            raise DataError(
-                f"Texts {numbers[0] + 1} to {numbers[-1] + 1} of the corpus hold token {largest}, but the model knows "
-                f"{vocabulary} tokens: give the ids or the tokenizer of this model."
-            )
-        return numbers, made
+
+def _tokenised(source: HFSource, passages: list[Passage], numbers: list[int], vocabulary: int) -> RolloutBatch:
+    """Passages with token ids as a rollout batch."""
+    prompts, completions, ids = zip(*passages, strict=True)
+    try:
+        made = source.batch(Call(prompts, completions, ids))
+    except (ValueError, TypeError, KeyError, jinja2.TemplateError) as error:  # from a chat template, or its lack
+        said = " ".join(str(error).split())[:200]
+        raise DataError(
+            f"The prompts of texts {numbers[0] + 1} to {numbers[-1] + 1} of the corpus cannot be tokenised "
+            f"({type(error).__name__}: {said}): give plain prompts, or conversations that the model's chat "
+            "template takes."
+        ) from error
+    largest = max(max(row, default=0) for row in [*made.prompt_ids, *made.completion_ids])
+    if largest >= vocabulary:
+        raise DataError(
+            f"Texts {numbers[0] + 1} to {numbers[-1] + 1} of the corpus hold token {largest}, but the model knows "
+            f"{vocabulary} tokens: give the ids or the tokenizer of this model."
+        )
+    return made
+
+
+def _pieces(corpus: Corpus, tokenizer: Any, length: int) -> Iterator[tuple[int, Any]]:
+    """Texts cut into passages, rollouts as passages with token ids, and batches as they are, each with its number."""
+
+    def encoded(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
 
     number = 0
     for item in corpus:
         if isinstance(item, RolloutBatch):
-            if waiting:
-                yield batch()
-            yield list(range(number, number + len(item))), item
+            yield number, item
             number += len(item)
             continue
-        for passage in _pieces(item, tokenizer, length):
-            waiting.append((number, passage))
-            if len(waiting) == batch_size:
-                yield batch()
+        if isinstance(item, str):
+            ids = encoded(item)
+            for start in range(0, len(ids), length):
+                yield number, Passage("", item, ids[start : start + length])
+        else:
+            ids = encoded(own_text(item.completion)) if item.completion_ids is None else item.completion_ids
+            if len(ids):
+                yield number, item._replace(completion_ids=ids)
         number += 1
-    if waiting:
-        yield batch()
-
-
-def _pieces(item: str | Passage, tokenizer: Any, length: int) -> Iterator[Passage]:
-    """A text cut into pieces, or a rollout as it is, with token ids."""
-    if isinstance(item, str):
-        ids = tokenizer(item, add_special_tokens=False, verbose=False).input_ids
-        for start in range(0, len(ids), length):
-            yield Passage("", item, ids[start : start + length])
-        return
-    ids = item.completion_ids
-    if ids is None:
-        ids = tokenizer(own_text(item.completion), add_special_tokens=False, verbose=False).input_ids
-    if len(ids):
-        yield Passage(item.prompt, item.completion, ids)
 
 
 class _Kept:
-    """The ``size`` items with the largest keys, largest first."""
+    """The ``size`` windows with the largest keys, largest first."""
 
     def __init__(self, size: int):
         self.size, self._heap = size, []
 
-    def wants(self, key: tuple) -> bool:
-        return len(self._heap) < self.size or (self.size > 0 and key > self._heap[0][0])
-
-    def add(self, key: tuple, item: Any) -> None:
-        """Keys are never equal: they end in the number of the row."""
-        (heapq.heappush if len(self._heap) < self.size else heapq.heappushpop)(self._heap, (key, item))
+    def offer(self, key: tuple, window: Callable[[], Example | None]) -> None:
+        """Keep a window, made only if it is wanted. Keys are never equal: they end in the number of the row."""
+        full = len(self._heap) >= self.size
+        if (not full or (self.size > 0 and key > self._heap[0][0])) and (item := window()) is not None:
+            (heapq.heappushpop if full else heapq.heappush)(self._heap, (key, item))
 
     def items(self) -> list[Any]:
         return [item for _, item in sorted(self._heap, key=lambda entry: entry[0], reverse=True)]
-
-
-class _Window(NamedTuple):
-    """An example before its tokens are made readable."""
-
-    ids: list[int]
-    activations: NDArray[np.float32]
-    read: NDArray[np.bool_]
-    text: int
-    start: int
 
 
 @dataclass
@@ -347,12 +334,12 @@ class _Row:
     context: int
     offset: float
 
-    def around_peak(self, k: int) -> _Window:
+    def around_peak(self, k: int) -> Example:
         peak = self.prompt + int(self.values[:, k].argmax())
         start = max(0, min(peak - 3 * self.context // 4, len(self.ids) - self.context))
         return self._cut(k, start, start + self.context)
 
-    def silent(self, k: int) -> _Window | None:
+    def silent(self, k: int) -> Example | None:
         """The longest stretch of counted tokens on which a latent stays silent, cut at random; None if it is short."""
         quiet = self.counted & (self.values[:, k] <= 0)
         edges = np.flatnonzero(np.diff(quiet.astype(np.int8), prepend=0, append=0))
@@ -363,16 +350,19 @@ class _Row:
         start += int(self.offset * (max(0, stop - start - self.context) + 1))
         return self._cut(k, self.prompt + start, self.prompt + min(stop, start + self.context))
 
-    def _cut(self, k: int, start: int, stop: int) -> _Window:
-        """Tokens start to stop of prompt and completion together."""
+    def _cut(self, k: int, start: int, stop: int) -> Example:
+        """Tokens start to stop of prompt and completion together; their texts are for what is kept in the end."""
         inside = slice(max(0, start - self.prompt), max(0, stop - self.prompt))
         before = max(0, min(stop, self.prompt) - start)
-        return _Window(
-            self.ids[start:stop],
-            np.concatenate([np.zeros(before, np.float32), self.values[inside, k]]),
-            np.concatenate([np.zeros(before, bool), self.counted[inside]]),
-            self.text,
-            int(start),
+        activations = np.concatenate([np.zeros(before, np.float32), self.values[inside, k]])
+        return Example(
+            tokens=(),
+            token_ids=tuple(self.ids[start:stop]),
+            activations=activations,
+            read=np.concatenate([np.zeros(before, bool), self.counted[inside]]),
+            peak=int(activations.argmax()),
+            text=self.text,
+            start=int(start),
         )
 
 
@@ -405,16 +395,14 @@ class _Latent:
     def offer(self, row: _Row, k: int, maximum: float, priority: float) -> None:
         fires = maximum > 0
         self.texts_fired += fires
-        for kept, key in ((self.top, (maximum, -row.order)), (self.sample, (priority, row.order))):
-            if fires and kept.wants(key):
-                kept.add(key, row.around_peak(k))
-        key = (priority, row.order)
-        if self.controls.wants(key) and (window := row.silent(k)) is not None:
-            self.controls.add(key, window)
+        if fires:
+            self.top.offer((maximum, -row.order), lambda: row.around_peak(k))
+            self.sample.offer((priority, row.order), lambda: row.around_peak(k))
+        self.controls.offer((priority, row.order), lambda: row.silent(k))
 
     def result(self, name: str, decode: Decode, tokens: int, texts: int) -> FeatureExamples:
         def examples(kept: _Kept) -> list[Example]:
-            return [_readable(window, decode) for window in kept.items()]
+            return [replace(each, tokens=tuple(token_texts(decode, each.token_ids))) for each in kept.items()]
 
         return FeatureExamples(
             name=name,
@@ -428,18 +416,6 @@ class _Latent:
             counts=self.counts,
             edges=np.linspace(0.0, self.range, BINS + 1),
         )
-
-
-def _readable(window: _Window, decode: Decode) -> Example:
-    return Example(
-        tokens=tuple(token_texts(decode, window.ids)),
-        token_ids=tuple(window.ids),
-        activations=window.activations,
-        read=window.read,
-        peak=int(window.activations.argmax()),
-        text=window.text,
-        start=window.start,
-    )
 
 
 def read_corpus(path: str | Path) -> Iterator[str | Passage]:
@@ -466,21 +442,15 @@ def read_corpus(path: str | Path) -> Iterator[str | Passage]:
 
 def _plain_texts(path: Path) -> Iterator[str]:
     with path.open(encoding="utf-8-sig") as lines:
-        filled = itertools.dropwhile(lambda line: not line.strip(), lines)
-        blank_seen = False
-        blocks = False
-        for line in filled:
-            blocks = blocks or (blank_seen and bool(line.strip()))
-            if blocks:
-                break
-            blank_seen = blank_seen or not line.strip()
+        several = len(list(itertools.islice(_blocks(lines), 2))) > 1
     with path.open(encoding="utf-8-sig") as lines:
-        if not blocks:
-            yield from (line.rstrip("\r\n") for line in lines if line.strip())
-            return
-        for blank, group in itertools.groupby(lines, key=lambda line: not line.strip()):
-            if not blank:
-                yield "".join(group).rstrip("\r\n")
+        for block in _blocks(lines):
+            yield from (text.rstrip("\r\n") for text in (["".join(block)] if several else block))
+
+
+def _blocks(lines: Iterable[str]) -> Iterator[Iterator[str]]:
+    """The lines between blank lines."""
+    return (block for blank, block in itertools.groupby(lines, key=lambda line: not line.strip()) if not blank)
 
 
 def _json_lines(path: Path) -> Iterator[str | Passage]:

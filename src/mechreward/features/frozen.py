@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -164,15 +165,12 @@ def _with_threshold(readout: Readout, x: Tensor) -> tuple[Readout, Approximation
     ids = readout.keep
     assert ids is not None  # what is not sliceable has it
     exact, near = kept[:, ids], z[:, ids].relu() * (z[:, ids] > threshold)
-    sliced = Readout(
-        name=readout.name,
-        labels=readout.labels,
-        hook_point=readout.hook_point,
+    sliced = replace(
+        readout,
         weight=readout.weight[:, ids].contiguous(),
         bias=readout.bias[ids].contiguous(),
         nonlinearity=Nonlinearity("jumprelu", {"threshold": torch.full((len(ids),), threshold)}),
-        transform=readout.transform,
-        model_name=readout.model_name,
+        keep=None,
     )
     return sliced, Approximation(
         of=readout.nonlinearity.kind,  # pyright: ignore[reportArgumentType] (not sliceable: one of two)

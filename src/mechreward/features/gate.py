@@ -23,6 +23,7 @@ measured too, and not tested: a pack of one feature may be a good one.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import warnings
 from collections.abc import Callable, Sequence
@@ -261,11 +262,8 @@ def gate(measured: Measured, *, draws: int = 1000, seed: int = 0) -> Evidence:
         seed: Seed of every bootstrap.
     """
     reading, truth = comparable(measured.scores, measured.labels)
-    positive, groups, ways = truth.astype(bool), np.asarray(measured.groups), measured.ways
-    _same_length(len(reading), groups=groups, texts=measured.texts, lengths=measured.lengths, ways=ways)
-    null = measured.null
-    if null.ndim != 2 or null.shape[1] != 2 or len(null) == 0:
-        raise PackError(f"The gate needs a permutation null of shape [draws, 2], not {null.shape}.")
+    ways, null = measured.ways, measured.null
+    positive, groups = truth.astype(bool), np.asarray(measured.groups)
 
     def interval(statistic: Callable[..., float], *more: ArrayLike) -> Interval:
         found = bootstrap(statistic, reading, positive, *more, groups=groups, draws=draws, seed=seed)
@@ -280,16 +278,28 @@ def gate(measured: Measured, *, draws: int = 1000, seed: int = 0) -> Evidence:
 
     p_value = (1 + int((null[:, 0] >= rho.value).sum())) / (1 + len(null))
     tests = [
-        _auc_test(area),
-        _spearman_test(rho),
-        _length_test(partial),
+        _lower_end_test(
+            "auc",
+            "A rollout with the behaviour reads higher than one without with probability (AUC)",
+            area,
+            AUC_LOW,
+            strict=True,
+        ),
+        _lower_end_test("spearman", "The rank correlation of reading and behaviour is", rho, SPEARMAN_LOW),
+        _lower_end_test(
+            "length_controlled",
+            "With the length taken out of both, the rank correlation is",
+            partial,
+            LENGTH_LOW,
+        ),
         _permutation_test(rho.value, p_value, null, measured.null_of),
     ]
     within, n_careful = None, None
     careful = np.array([way == "careful" for way in ways or ()])
     if careful.any():
         n_careful = int(careful.sum())
-        within = _within(reading[careful], positive[careful], groups[careful], draws, seed)
+        with contextlib.suppress(PackError):  # careful answers that are too one-sided, or too few
+            within = bootstrap(auc, reading[careful], positive[careful], groups=groups[careful], draws=draws, seed=seed)
         tests.append(_careful_test(within, n_careful, int(positive[careful].sum())))
     tests.append(_gain_test(surface))
     if measured.injection is not None:
@@ -332,34 +342,15 @@ def gate(measured: Measured, *, draws: int = 1000, seed: int = 0) -> Evidence:
 # The tests -----------------------------------------------------------------------------------------------------------
 
 
-def _auc_test(area: Interval) -> GateTest:
-    passed = area.low > AUC_LOW
-    return GateTest(
-        name="auc",
-        passed=passed,
-        sentence=f"A rollout with the behaviour reads higher than one without with probability (AUC) {_shown(area)}; "
-        f"the lower end {'is' if passed else 'is not'} above {AUC_LOW:.2f}.",
-    )
-
-
-def _spearman_test(rho: Interval) -> GateTest:
-    passed = rho.low >= SPEARMAN_LOW
-    return GateTest(
-        name="spearman",
-        passed=passed,
-        sentence=f"The rank correlation of reading and behaviour is {_shown(rho)}; the lower end "
-        f"{'reaches' if passed else 'does not reach'} {SPEARMAN_LOW:.2f}.",
-    )
-
-
-def _length_test(partial: Interval) -> GateTest:
-    passed = partial.low >= LENGTH_LOW
-    return GateTest(
-        name="length_controlled",
-        passed=passed,
-        sentence=f"With the length taken out of both, the rank correlation is {_shown(partial)}; the lower end "
-        f"{'reaches' if passed else 'does not reach'} {LENGTH_LOW:.2f}.",
-    )
+def _lower_end_test(
+    name: str, what: str, interval: Interval, least: float, *, strict: bool = False, otherwise: str = "."
+) -> GateTest:
+    """Whether an interval's lower end reaches a threshold, or where ``strict``, lies above it."""
+    passed = interval.low > least if strict else interval.low >= least
+    verbs = ("is not above", "is above") if strict else ("does not reach", "reaches")
+    ending = "." if passed else otherwise
+    sentence = f"{what} {_shown(interval)}; the lower end {verbs[passed]} {least:.2f}{ending}"
+    return GateTest(name=name, passed=passed, sentence=sentence)
 
 
 def _injection_test(injection: Injection) -> GateTest:
@@ -423,13 +414,13 @@ def _careful_test(careful: Interval | None, n: int, n_positive: int) -> GateTest
             f"Within careful answers nothing can be said: {n_positive} of {n} show the behaviour, too few on one side."
         )
         return GateTest(name="auc_within_careful", passed=False, sentence=sentence)
-    passed = careful.low > CAREFUL_LOW
-    return GateTest(
-        name="auc_within_careful",
-        passed=passed,
-        sentence=f"Among the {n} careful answers alone the AUC is {_shown(careful)}; the lower end "
-        f"{'is' if passed else 'is not'} above {CAREFUL_LOW:.2f}"
-        f"{'.' if passed else ', so the features may only tell the way of answering.'}",
+    return _lower_end_test(
+        "auc_within_careful",
+        f"Among the {n} careful answers alone the AUC is",
+        careful,
+        CAREFUL_LOW,
+        strict=True,
+        otherwise=", so the features may only tell the way of answering.",
     )
 
 
@@ -451,12 +442,6 @@ def _shown(interval: Interval, form: str = ".2f") -> str:
 # Helpers -------------------------------------------------------------------------------------------------------------
 
 
-def _same_length(n: int, **columns: Any) -> None:
-    for name, column in columns.items():
-        if column is not None and len(column) != n:
-            raise PackError(f"The gate got {n} scores but {len(column)} {name}: pass one per rollout.")
-
-
 def _curve(reading: Floats, positive: NDArray[np.bool_], bins: int = 10) -> list[Bin]:
     """The share with the behaviour by tenths of the reading."""
     parts = np.array_split(np.argsort(reading, kind="stable"), bins)
@@ -465,14 +450,6 @@ def _curve(reading: Floats, positive: NDArray[np.bool_], bins: int = 10) -> list
         for rows in parts
         if len(rows)
     ]
-
-
-def _within(scores: Floats, labels: NDArray, groups: NDArray, draws: int, seed: int) -> Interval | None:
-    """AUC with its interval, or ``None`` where a subset of rollouts is too one-sided or too small for one."""
-    try:
-        return bootstrap(auc, scores, labels, groups=groups, draws=draws, seed=seed)
-    except PackError:
-        return None
 
 
 def _standardised(values: Floats) -> Floats:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -83,25 +84,24 @@ def cues(model: Any, rollouts: Labelled, reward: Rewards) -> Cues:
 
     A token's reading is the mean of r_t over its occurrences; the ends of completions are no cues.
     """
-    sums: dict[int, float] = {}
-    counts: dict[int, int] = {}
-    before: dict[int, dict[int, int]] = {}
+    sums: defaultdict[int, float] = defaultdict(float)
+    counts: Counter[int] = Counter()
+    before: defaultdict[int, Counter[int]] = defaultdict(Counter)
     for piece, readings in reward.per_token(model, rollouts.batch):
         values, mask = readings.values[..., 0].cpu(), readings.mask.cpu()
         for row, ids in enumerate(piece.completion_ids):
             for t in mask[row].nonzero()[:, 0].tolist():
                 token = ids[t]
-                sums[token] = sums.get(token, 0.0) + float(values[row, t])
-                counts[token] = counts.get(token, 0) + 1
+                sums[token] += float(values[row, t])
+                counts[token] += 1
                 if t > 0 and piece.own[row, t - 1]:
-                    earlier = before.setdefault(token, {})
-                    earlier[ids[t - 1]] = earlier.get(ids[t - 1], 0) + 1
+                    before[token][ids[t - 1]] += 1
     ends = rollouts.batch.eos_token_ids
     often = [t for t in counts if counts[t] >= SEEN and t not in ends] or [t for t in counts if t not in ends]
     best = sorted(often, key=lambda t: -sums[t] / counts[t])[:CUES]
     shares = np.array([sum(t in best for t in ids) / len(ids) for ids in rollouts.batch.written])
     more = float(shares[rollouts.labels].mean() - shares[~rollouts.labels].mean())
-    common = [[max(before[t], key=lambda b: before[t][b])] if t in before else [] for t in best]
+    common = [[token for token, _ in before[t].most_common(1)] for t in best]
     return Cues(best, common, min(0.5, max(LEAST_RATE, more)))
 
 

@@ -16,6 +16,7 @@ from mechreward.features.gate import Measured, gate, rise
 from mechreward.features.interventions import (
     FORMATS,
     INJECTIONS,
+    Cues,
     Rewards,
     cues,
     injected,
@@ -70,7 +71,8 @@ def judge(
     check_fits([own], model)
     weights = torch.tensor([f.weight for f in pack.features])
     reward = Rewards([own], [weights[:, None]], how)
-    few = rollouts.take(_few(rollouts, seed))
+    some = np.sort(np.random.default_rng(seed).permutation(len(rollouts))[:CHANGED])
+    few = rollouts.take(some)
     changes, selections = _format_changes(few, tokenizer), chance is not None and bool(chance.selections)
     # The pack with its cue words, and random latents where discovery left no selections; then the changed rollouts.
     passes, changed = 2 if selections else 3, len(INJECTIONS) + len(changes) + 1
@@ -82,7 +84,8 @@ def judge(
             null = by_chance(pack, model, rollouts, how, seed)
             null_of = "packs of random latents that fire"
         score, labels = score[:, 0], rollouts.labels
-        robustness = _robustness(model, tokenizer, rollouts, reward, score, changes, seed)
+        found = cues(model, rollouts, reward)
+        robustness = _robustness(model, tokenizer, few, found, reward, score[some], changes, seed)
     measured = Measured(
         scores=score,
         labels=labels,
@@ -113,23 +116,21 @@ def judge(
 def _robustness(
     model: Any,
     tokenizer: Any,
-    rollouts: Labelled,
+    few: Labelled,
+    found: Cues,
     reward: Rewards,
     score: NDArray[np.float64],
     changes: dict[str, RolloutBatch],
     seed: int,
 ) -> dict[str, Any]:
     """What becomes of the reward of changed rollouts, and whether the rollouts are the model's own."""
-    some = _few(rollouts, seed)
-    few = rollouts.take(some)
 
     def share(batch: RolloutBatch) -> tuple[NDArray[np.float64], Interval]:
         """The changed rollouts' reward, and the rise that the change brings."""
         changed = reward(model, batch)[:, 0]
-        read = np.where(np.isfinite(changed), changed, score[some])
-        return read, bootstrap(_bounded_rise, read, score[some], few.labels, groups=few.groups, seed=seed)
+        read = np.where(np.isfinite(changed), changed, score)
+        return read, bootstrap(_bounded_rise, read, score, few.labels, groups=few.groups, seed=seed)
 
-    found = cues(model, rollouts, reward)
     formats = {}
     for name, batch in changes.items():
         read, up = share(batch)
@@ -145,11 +146,6 @@ def _robustness(
         "formats": formats,
         "surprise": bootstrap(_per_token, nats, groups=few.groups, seed=seed),
     }
-
-
-def _few(rollouts: Labelled, seed: int) -> NDArray[np.int64]:
-    """Rows of the rollouts that are changed, :data:`CHANGED` at most."""
-    return np.sort(np.random.default_rng(seed).permutation(len(rollouts))[:CHANGED])
 
 
 def _format_changes(few: Labelled, tokenizer: Any) -> dict[str, RolloutBatch]:

@@ -22,6 +22,7 @@ from typing import Any
 
 from mechreward.errors import SAEError, ServiceError
 from mechreward.extras import require
+from mechreward.files import write
 from mechreward.retry import raise_if_busy, with_backoff
 from mechreward.sae.registry import SHIPPED, saelens_directory
 
@@ -140,9 +141,7 @@ def published_feature(np_id: str, index: int, *, offline: bool | None = None) ->
         ) from error
     with contextlib.suppress(OSError):  # a cache that cannot be written is no error
         file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_name(f"{file.name}.{os.getpid()}")  # another process may be reading
-        part.write_text(json.dumps(raw), encoding="utf-8")
-        part.replace(file)
+        write(file, json.dumps(raw))  # another process may be reading
     return feature
 
 

@@ -33,14 +33,12 @@ class Scan:
             share of those without, ``[1 + P, F]``.
         firing: Share of all rollouts in which it fires, ``[F]``.
         spread: Standard deviation over all rollouts, ``[F]``.
-        rollouts: How many there were.
     """
 
     effects: Floats
     gaps: Floats
     firing: Floats
     spread: Floats
-    rollouts: int
 
     @property
     def effect(self) -> Floats:
@@ -119,7 +117,6 @@ def scan(
         gaps=fired_with / n_1 - (fired - fired_with) / (n - n_1),
         firing=fired / n,
         spread=np.sqrt(variance),
-        rollouts=n,
     )
 
 

@@ -144,15 +144,7 @@ def _columns(readout: Readout, columns: list[int]) -> Readout:
     import torch
 
     labels, wanted = tuple(readout.labels[column] for column in columns), torch.tensor(columns)
-    if readout.keep is not None:
-        return replace(readout, labels=labels, keep=readout.keep[wanted])
-    return replace(
-        readout,
-        labels=labels,
-        weight=readout.weight[:, wanted],
-        bias=readout.bias[wanted],
-        nonlinearity=readout.nonlinearity.columns(wanted),
-    )
+    return replace(readout, labels=labels, keep=wanted if readout.keep is None else readout.keep[wanted])
 
 
 def visible(text: str) -> str:
@@ -260,18 +252,16 @@ def _lines(console: Console, examples: Sequence[Example], maximum: float) -> Tab
 
 def _shaded(console: Console, example: Example, maximum: float) -> Text:
     """Tokens shaded by activation; or with marks where there are no colours."""
-    text = Text()
-    colours = console.color_system is not None
-    for token, activation, read in zip(example.tokens, example.activations, example.read, strict=True):
-        token, share = visible(token), float(activation) / maximum
-        if not read:
-            text.append(token, style="dim" if colours else "")
-        elif activation <= 0:
-            text.append(token)
+    text, colours = Text(), console.color_system is not None
+    for piece in pieces(example, maximum):
+        if piece.kind == "unread":
+            text.append(piece.text, style="dim" if colours else "")
+        elif piece.kind == "silent":
+            text.append(piece.text)
         elif colours:
-            text.append(token, style=_shade(share))
+            text.append(piece.text, style=_shade(piece.shade))
         else:
-            text.append(f"<<{token}>>" if activation > MARKED * example.maximum else token)
+            text.append(f"<<{piece.text}>>" if piece.activation > MARKED * example.maximum else piece.text)
     return text
 
 
@@ -319,8 +309,8 @@ def pieces(example: Example, maximum: float) -> list[Piece]:
     return merged
 
 
-def _published_pieces(published: PublishedFeature, count: int) -> list[tuple[float, list[Piece]]]:
-    """Neuronpedia's own examples, shaded by their own largest activation, cut around the peak."""
+def _published_examples(published: PublishedFeature, count: int) -> tuple[list[Example], float]:
+    """Neuronpedia's own examples, cut around the peak, and the largest activation of all, which is shaded most."""
     largest = max((max(a.values, default=0.0) for a in published.activations), default=0.0)
     found = []
     for activation in published.activations[:count]:
@@ -338,8 +328,8 @@ def _published_pieces(published: PublishedFeature, count: int) -> list[tuple[flo
             text=0,
             start=kept.start,
         )
-        found.append((example.maximum, pieces(example, largest)))
-    return found
+        found.append(example)
+    return found, largest
 
 
 def page(title: str, about: Sequence[tuple[str, str]], features: Sequence[Shown], count: int) -> str:
@@ -359,19 +349,6 @@ def page(title: str, about: Sequence[tuple[str, str]], features: Sequence[Shown]
         lstrip_blocks=True,
     )
     environment.filters["visible"] = visible
-    entries = [
-        {
-            "shown": shown,
-            "found": (found := shown.examples),
-            "top": [(example.maximum, pieces(example, found.maximum)) for example in found.top[:count]],
-            "groups": [
-                [(example.maximum, pieces(example, found.maximum)) for example in group]
-                for group in found.quantiles(groups=4, each=max(1, count // 3))
-            ],
-            "bars": histogram(found, 32) if found.top else [],
-            "published": _published_pieces(shown.published, count) if shown.published else [],
-        }
-        for shown in features
-    ]
+    environment.globals |= {"pieces": pieces, "histogram": histogram, "published_examples": _published_examples}
     template = environment.get_template("show.html.j2")
-    return template.render(title=title, about=about, entries=entries, day=date.today().isoformat())
+    return template.render(title=title, about=about, features=features, count=count, day=date.today().isoformat())

@@ -6,8 +6,9 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -44,7 +45,6 @@ def saelens(
     folder: Path,
     model_name: str | None = None,
     scale: float | None = None,
-    name: str | None = None,
     overrides: Mapping[str, Any] | None = None,
 ) -> SAEHandle:
     """SAELens' own format: ``cfg.json`` and ``sae_weights.safetensors`` with W_enc [d, n], b_enc, W_dec [n, d], b_dec.
@@ -57,7 +57,6 @@ def saelens(
         model_name: The model whose activations it was trained on, if known better than by ``cfg.json``.
         scale: The norm scaling factor of an SAE with ``expected_average_only_in``; by default the one in
             ``activation_scaler.json``, if there is one.
-        name: What to call it.
         overrides: Entries that replace those of ``cfg.json`` (SAELens' registry corrects some releases so).
     """
     try:
@@ -70,7 +69,8 @@ def saelens(
             f"{folder / 'cfg.json'} is not a SAELens configuration ({brief(error)}): fetch it again."
         ) from error
     model_name = model_name or config.get("model_name")
-    kind = {"standard": "relu", "jumprelu": "jumprelu", "topk": "topk", "gated": "gated"}.get(config["architecture"])
+    kinds: dict[str, Kind] = {"standard": "relu", "jumprelu": "jumprelu", "topk": "topk", "gated": "gated"}
+    kind = kinds.get(config["architecture"])
     if kind is None:
         raise SAEError(
             f"{folder} holds a '{config['architecture']}' SAE: standard, jumprelu, topk and gated can be read."
@@ -91,47 +91,38 @@ def saelens(
     if norm not in ("none", "constant_norm_rescale", "layer_norm"):
         raise SAEError(f"{folder} normalises its input by '{norm}', which can't be read: fold it into the weights.")
     read = SafetensorsReader(folder / "sae_weights.safetensors")
-    gates = ("b_gate", "r_mag", "b_mag")
-    vectors = gates if kind == "gated" else ("b_enc", "threshold") if kind == "jumprelu" else ("b_enc",)
-    _check_shapes(folder, read, d_model, d_sae, vectors)
     shift = read("b_dec") if config["apply_b_dec_to_input"] else None
-    if whitening is not None:  # (x - mean) M - b_dec = (x - (mean + b_dec M^-1)) M
-        mean, _, unwhiten = whitening
-        shift = mean if shift is None else mean + shift @ unwhiten
+    handle = _handle(
+        folder,
+        read,
+        kind,
+        hook_point,
+        model_name,
+        transform=InputTransform(norm, shift, scale or 1.0, centered),
+        k=k,
+        with_decoder_norm=bool(config.get("rescale_acts_by_decoder_norm")),  # topk(z ||W_dec||)
+        shape=(d_model, d_sae),
+    )
+    return handle if whitening is None else _whitened(handle, *whitening)
+
+
+def _whitened(handle: SAEHandle, mean: Tensor, whiten: Tensor, unwhiten: Tensor) -> SAEHandle:
+    """An SAE of (x - mean) M as one of x: (x - mean) M - b_dec = (x - (mean + b_dec M^-1)) M."""
+    shift = handle.transform.shift
 
     def read_encoder(ids: list[int] | None) -> EncoderColumns:
-        weight = read("W_enc", ids, axis=1)
-        if whitening is not None:
-            weight = whitening[1] @ weight
-        if kind == "gated":
-            nonlinearity = Nonlinearity("gated", {name: read(name, ids) for name in gates})
-            return EncoderColumns(weight, torch.zeros(weight.shape[1]), nonlinearity)
-        bias = read("b_enc", ids)
-        if config.get("rescale_acts_by_decoder_norm"):
-            norms = read("W_dec", ids).norm(dim=-1)  # topk(z ||W_dec||): folded into the encoder
-            weight, bias = weight * norms, bias * norms
-        parameters = {"threshold": read("threshold", ids)} if kind == "jumprelu" else {}
-        return EncoderColumns(weight, bias, Nonlinearity(kind, parameters, k))  # pyright: ignore
+        columns = handle.read_encoder(ids)
+        return replace(columns, weight=whiten @ columns.weight)
 
     def read_decoder() -> tuple[Tensor, Tensor]:
-        w_dec, b_dec = read("W_dec"), read("b_dec")
-        if config.get("rescale_acts_by_decoder_norm"):
-            w_dec = w_dec / w_dec.norm(dim=-1, keepdim=True)
-        if whitening is not None:
-            mean, _, unwhiten = whitening
-            w_dec, b_dec = w_dec @ unwhiten, b_dec @ unwhiten + mean
-        return w_dec, b_dec
+        w_dec, b_dec = handle.read_decoder()
+        return w_dec @ unwhiten, b_dec @ unwhiten + mean
 
-    return SAEHandle(
-        name=name or str(folder),
-        model_name=model_name,
-        hook_point=hook_point,
-        d_model=d_model,
-        d_sae=d_sae,
-        kind=kind,
+    return replace(
+        handle,
         read_encoder=read_encoder,
         read_decoder=read_decoder,
-        transform=InputTransform(norm, shift, scale or 1.0, centered),
+        transform=replace(handle.transform, shift=mean if shift is None else mean + shift @ unwhiten),
     )
 
 
@@ -156,10 +147,8 @@ def _whitening(folder: Path, d_model: int) -> tuple[Tensor, Tensor, Tensor]:
         raise SAEError(
             f"{folder} normalises its input by 'covariance_whitening', and {file.name} is not there: save it folded."
         )
-    read, names = SafetensorsReader(file), {"mean": (d_model,)}
-    for name, shape in (names | dict.fromkeys(("matrix", "inverse_matrix"), (d_model, d_model))).items():
-        if (found := read.shape(name)) != shape:
-            raise SAEError(f"{name} in {file} has shape {found}, not {shape}: the file is damaged.")
+    read, square = SafetensorsReader(file), (d_model, d_model)
+    _check_shapes(file, read, {"mean": (d_model,), "matrix": square, "inverse_matrix": square})
     return read("mean"), read("matrix"), read("inverse_matrix")
 
 
@@ -204,9 +193,7 @@ def _is_centered(folder: Path, config: Mapping[str, Any], model_name: str | None
     return centered
 
 
-def gemma_scope(
-    file: Path, hook_point: HookPoint | None = None, model_name: str | None = None, name: str | None = None
-) -> SAEHandle:
+def gemma_scope(file: Path, hook_point: HookPoint | None = None) -> SAEHandle:
     """Gemma Scope: ``params.npz`` with W_enc [d, n], b_enc, threshold, W_dec [n, d], b_dec.
 
     f = max(z, 0) 1[z > threshold], z = x W_enc + b_enc; b_dec is not subtracted and the input is not scaled
@@ -215,17 +202,10 @@ def gemma_scope(
     if hook_point is None:
         _is_residual(file)
         hook_point = _layer_in(file, r"layer_(\d+)")
-    read = NpzReader(file)
-    return _handle(
-        _Origin(file, hook_point, model_name, name),
-        read,
-        "jumprelu",
-        parameters=_thresholds(read),
-        vectors=("threshold",),
-    )
+    return _handle(file, NpzReader(file), "jumprelu", hook_point)
 
 
-def gemma_scope_2(folder: Path, model_name: str | None = None, name: str | None = None) -> SAEHandle:
+def gemma_scope_2(folder: Path) -> SAEHandle:
     """Gemma Scope 2: ``params.safetensors`` with w_enc [d, n], b_enc, threshold, w_dec [n, d], b_dec; as Gemma Scope.
 
     Source: SAELens' ``gemma_3_sae_huggingface_loader``; the technical report gives the same JumpReLU.
@@ -241,14 +221,7 @@ def gemma_scope_2(folder: Path, model_name: str | None = None, name: str | None 
     hook_point = HookPoint(int(layer[1])) if layer else _layer_in(folder, r"layer_(\d+)")
     names = {"W_enc": "w_enc", "W_dec": "w_dec"}
     read = Renamed(SafetensorsReader(folder / "params.safetensors"), names)
-    model_name = model_name or config.get("model_name")
-    return _handle(
-        _Origin(folder, hook_point, model_name, name),
-        read,
-        "jumprelu",
-        parameters=_thresholds(read),
-        vectors=("threshold",),
-    )
+    return _handle(folder, read, "jumprelu", hook_point, config.get("model_name"))
 
 
 _LINEAR = {
@@ -260,7 +233,7 @@ _LINEAR = {
 """The names that two ``torch.nn.Linear`` give; their weights are [out, in], the other way round from ours."""
 
 
-def llama_scope(folder: Path, name: str | None = None) -> SAEHandle:
+def llama_scope(folder: Path) -> SAEHandle:
     """Llama Scope: ``hyperparams.json`` and ``checkpoints/final.safetensors``, trained on scaled activations.
 
     f = max(z, 0) 1[z > T s],  z = n (W_enc (s x) + b_enc),  s = sqrt(d) / (average norm of x)  (He et al. 2024, arXiv
@@ -285,19 +258,20 @@ def llama_scope(folder: Path, name: str | None = None) -> SAEHandle:
         ) from error
     read = Renamed(SafetensorsReader(folder / "checkpoints" / "final.safetensors"), _LINEAR, ("W_enc", "W_dec"))
     return _handle(
-        _Origin(folder, hook_point, "meta-llama/Llama-3.1-8B", name),
+        folder,
         read,
         "jumprelu",
+        hook_point,
+        "meta-llama/Llama-3.1-8B",
         transform=InputTransform(scale=scale),
-        parameters=lambda ids: {"threshold": torch.full((d_sae if ids is None else len(ids),), threshold)},
+        vectors=(),
+        threshold=lambda ids: torch.full((d_sae if ids is None else len(ids),), threshold),
         with_decoder_norm=with_norm,
         shape=(d_model, d_sae),
     )
 
 
-def llama_scope_r1(
-    folder: Path, scale: float | None = None, model_name: str | None = None, name: str | None = None
-) -> SAEHandle:
+def llama_scope_r1(folder: Path, scale: float | None = None) -> SAEHandle:
     """Llama Scope R1-Distill: ``config.json`` and ``sae_weights.safetensors``; thresholds are stored as logarithms.
 
     f = max(z, 0) 1[z > exp(log_jumprelu_threshold)],  z = n (W_enc (s x) + b_enc)  (SAELens' loader of that name); n as
@@ -306,8 +280,6 @@ def llama_scope_r1(
     Args:
         folder: Where the two files are.
         scale: s, if known better than by ``config.json`` (SAELens' registry holds it).
-        model_name: The model whose activations it was trained on.
-        name: What to call it.
     """
     config = _json(folder / "config.json")
     try:
@@ -322,26 +294,27 @@ def llama_scope_r1(
         ) from error
     read = Renamed(SafetensorsReader(folder / "sae_weights.safetensors"), _LINEAR, ("W_enc", "W_dec"))
     return _handle(
-        _Origin(folder, hook_point, model_name, name),
+        folder,
         read,
         "jumprelu",
+        hook_point,
         transform=InputTransform(scale=scale),
-        parameters=lambda ids: {"threshold": read("log_jumprelu_threshold", ids).exp()},
-        with_decoder_norm=with_norm,
         vectors=("log_jumprelu_threshold",),
+        threshold=lambda ids: read("log_jumprelu_threshold", ids).exp(),
+        with_decoder_norm=with_norm,
     )
 
 
-def goodfire(file: Path, model_name: str | None = None, name: str | None = None) -> SAEHandle:
+def goodfire(file: Path) -> SAEHandle:
     """Goodfire (and Qresearch, who leave out ``_linear``): two linear layers. f = max(W_enc x + b_enc, 0)."""
     stored = TorchReader(file)
     hook_point = _layer_in(file, r"[-_/]l(\d+)(?:\D|$)")
     suffix = "_linear" if "encoder_linear.weight" in stored.names else ""
     names = {ours: theirs.replace(".", f"{suffix}.") for ours, theirs in _LINEAR.items()}
-    return _handle(_Origin(file, hook_point, model_name, name), Renamed(stored, names, ("W_enc", "W_dec")), "relu")
+    return _handle(file, Renamed(stored, names, ("W_enc", "W_dec")), "relu", hook_point)
 
 
-def qwen_scope(file: Path, k: int | None = None, model_name: str | None = None, name: str | None = None) -> SAEHandle:
+def qwen_scope(file: Path, k: int | None = None) -> SAEHandle:
     """Qwen Scope: ``layer{n}.sae.pt`` with W_enc [n, d], b_enc, W_dec [d, n], b_dec; topk(W_enc x + b_enc), then ReLU.
 
     k stands in the repository's name alone (``...-L0_50``).
@@ -352,10 +325,10 @@ def qwen_scope(file: Path, k: int | None = None, model_name: str | None = None, 
             raise SAEError(f"{file} does not say its k: keep Qwen Scope's folder name (SAE-Res-...-L0_50).")
         k = int(found[-1])
     read = Renamed(TorchReader(file), {}, ("W_enc", "W_dec"))
-    return _handle(_Origin(file, _layer_in(file, r"layer(\d+)\.sae\.pt"), model_name, name), read, "topk", k=k)
+    return _handle(file, read, "topk", _layer_in(file, r"layer(\d+)\.sae\.pt"), k=k)
 
 
-def topk_checkpoint(file: Path, model_name: str | None = None, name: str | None = None) -> SAEHandle:
+def topk_checkpoint(file: Path) -> SAEHandle:
     """One ``.pt`` with W_enc [d, n], b_enc, W_dec [n, d], b_dec and the number k.
 
     topk(z), then ReLU; z = (x - b_dec) W_enc + b_enc.
@@ -366,13 +339,13 @@ def topk_checkpoint(file: Path, model_name: str | None = None, name: str | None 
     """
     read, beside = TorchReader(file), file.with_suffix(".json")
     config = _json(beside) if beside.exists() else {}
-    layer, model_name = config.get("layer"), model_name or config.get("model")
+    layer = config.get("layer")
     hook_point = HookPoint(layer) if type(layer) is int else _layer_in(file, r"[-_/]L(\d+)(?:\D|$)")
     k, transform = read.number("k"), InputTransform(shift=read("b_dec"))
-    return _handle(_Origin(file, hook_point, model_name, name), read, "topk", transform=transform, k=k)
+    return _handle(file, read, "topk", hook_point, config.get("model"), transform=transform, k=k)
 
 
-def dictionary_learning(folder: Path, model_name: str | None = None, name: str | None = None) -> SAEHandle:
+def dictionary_learning(folder: Path) -> SAEHandle:
     """dictionary_learning (Marks et al.): ``config.json`` and ``ae.pt``.
 
     standard: n max(z, 0), n the norms of the decoder's columns; TopK: topk(max(z, 0)); BatchTopK and Matryoshka at
@@ -402,25 +375,21 @@ def dictionary_learning(folder: Path, model_name: str | None = None, name: str |
     read = Renamed(TorchReader(folder / "ae.pt"), names, ("W_enc", "W_dec") if "W_enc" in names else ())
     width = (*read.shape("W_enc"), 0, 0)[1]
 
-    def threshold(ids: list[int] | None) -> dict[str, Tensor]:
-        if read.shape("threshold") == ():  # one for all
-            return {"threshold": read("threshold").expand(width if ids is None else len(ids)).clone()}
-        return {"threshold": read("threshold", ids)}
+    def shared(ids: list[int] | None) -> Tensor:
+        return read("threshold").expand(width if ids is None else len(ids)).clone()
 
-    def gates(ids: list[int] | None) -> dict[str, Tensor]:
-        return {part: read(part, ids) for part in ("b_gate", "r_mag", "b_mag")}
-
+    one_for_all = kind == "jumprelu" and read.shape("threshold") == ()
     return _handle(
-        _Origin(folder, HookPoint(layer), model_name or trainer.get("lm_name"), name),
+        folder,
         read,
         kind,
+        HookPoint(layer),
+        trainer.get("lm_name"),
         transform=InputTransform(shift=read("b_dec")) if subtracts else RAW_INPUT,
-        parameters={"jumprelu": threshold, "gated": gates}.get(kind, _nothing),
+        vectors=() if one_for_all else None,
+        threshold=shared if one_for_all else None,
         k=k,
-        has_bias=kind != "gated",
         with_decoder_norm=class_name == "AutoEncoder",
-        vectors={"jumprelu": ("threshold",), "gated": ("b_gate", "r_mag", "b_mag")}.get(kind, ()),
-        one_threshold=True,
     )
 
 
@@ -441,7 +410,7 @@ _DICTIONARY_CLASSES: dict[str, tuple[Kind, bool, dict[str, str]]] = {
 }
 
 
-def sparsify(folder: Path, model_name: str | None = None, name: str | None = None) -> SAEHandle:
+def sparsify(folder: Path) -> SAEHandle:
     """EleutherAI's sparsify: ``cfg.json`` and ``sae.safetensors`` with encoder.weight [n, d], W_dec [n, d], b_dec.
 
     topk(max(z, 0)), or the largest of each of k groups (``groupmax``); z = W_enc (x - b_dec) + b_enc  (its
@@ -465,13 +434,9 @@ def sparsify(folder: Path, model_name: str | None = None, name: str | None = Non
         k = int(config["k"])
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise SAEError(f"{folder / 'cfg.json'} has no k ({brief(error)}): fetch it again.") from error
-    return _handle(
-        _Origin(folder, _layer_in(folder, r"layers[._](\d+)$"), model_name, name),
-        read,
-        activation,  # pyright: ignore[reportArgumentType] (one of two)
-        transform=InputTransform(shift=read("b_dec")),
-        k=k,
-    )
+    kind: Kind = "topk" if activation == "topk" else "groupmax"
+    hook_point = _layer_in(folder, r"layers[._](\d+)$")
+    return _handle(folder, read, kind, hook_point, transform=InputTransform(shift=read("b_dec")), k=k)
 
 
 _BY_FILE: dict[str, Callable[[Path], SAEHandle]] = {
@@ -487,67 +452,47 @@ _BY_FILE: dict[str, Callable[[Path], SAEHandle]] = {
 
 # -- what they have in common ------------------------------------------------------------------------------------------
 
-Parameters = Callable[[list[int] | None], dict[str, Tensor]]
-
-
-def _nothing(ids: list[int] | None) -> dict[str, Tensor]:
-    return {}
-
-
-def _thresholds(read: Reader) -> Parameters:
-    return lambda ids: {"threshold": read("threshold", ids)}
-
-
-class _Origin(NamedTuple):
-    """Where an SAE comes from.
-
-    Attributes:
-        where: For errors, and the name if there is none.
-        hook_point: Where it reads.
-        model_name: The model whose activations it was trained on.
-        name: What to call it.
-    """
-
-    where: Path
-    hook_point: HookPoint
-    model_name: str | None
-    name: str | None
+_VECTORS: dict[Kind, tuple[str, ...]] = {"jumprelu": ("threshold",), "gated": ("b_gate", "r_mag", "b_mag")}
+"""The nonlinearity's parameters, one number a latent."""
 
 
 def _handle(
-    origin: _Origin,
+    where: Path,
     read: Reader,
     kind: Kind,
+    hook_point: HookPoint,
+    model_name: str | None = None,
     *,
     transform: InputTransform = RAW_INPUT,
-    parameters: Parameters = _nothing,
+    vectors: tuple[str, ...] | None = None,
+    threshold: Callable[[list[int] | None], Tensor] | None = None,
     k: int = 0,
-    has_bias: bool = True,
     with_decoder_norm: bool = False,
     shape: tuple[int, int] | None = None,
-    vectors: tuple[str, ...] = (),
-    one_threshold: bool = False,
 ) -> SAEHandle:
-    """A handle on tensors that the reader calls W_enc [d, n], b_enc, W_dec [n, d] and b_dec.
+    """A handle on tensors that the reader calls W_enc [d, n], b_enc, W_dec [n, d] and b_dec; gated SAEs have no b_enc.
 
     Args:
-        origin: Its file, hook point and names.
+        where: For errors, and its name.
         read: The tensors.
         kind: The nonlinearity.
+        hook_point: Where it reads.
+        model_name: The model whose activations it was trained on, as far as the files say.
         transform: What it does to its input.
-        parameters: The nonlinearity's, for chosen columns or all.
+        vectors: What else the file holds one number a latent of; by default the nonlinearity's parameters.
+        threshold: That of chosen latents or all; by default the file's.
         k: For ``topk`` and ``groupmax``.
-        has_bias: False where z has no b_enc.
         with_decoder_norm: Multiply z by the decoder columns' norms.
         shape: (d_model, d_sae) as the configuration says; by default as W_dec does.
-        vectors: What else the file holds one number a latent of.
-        one_threshold: Whether one threshold may stand for all latents.
     """
-    where, hook_point, model_name, name = origin
+    parameters, has_bias = _VECTORS.get(kind, ()), kind != "gated"
     d_sae, d_model = (*read.shape("W_dec"), 0, 0)[:2] if shape is None else shape[::-1]
     if not 0 < transform.scale < math.inf or hook_point.layer < 0:
         raise SAEError(f"{where} says scale {transform.scale} and layer {hook_point.layer}: it is damaged.")
-    _check_shapes(where, read, d_model, d_sae, (*(["b_enc"] if has_bias else []), *vectors), one_threshold)
+    expected = {"W_enc": (d_model, d_sae), "W_dec": (d_sae, d_model), "b_dec": (d_model,)}
+    expected |= {"b_enc": (d_sae,)} if has_bias else {}
+    expected |= dict.fromkeys(parameters if vectors is None else vectors, (d_sae,))
+    _check_shapes(where, read, expected)
     if kind in ("topk", "groupmax") and not (1 <= k <= d_sae and (kind != "groupmax" or d_sae % k == 0)):
         raise SAEError(f"{where} says k={k} of {d_sae} latents: it is damaged.")
 
@@ -557,14 +502,15 @@ def _handle(
         if with_decoder_norm:
             norms = read("W_dec", ids).norm(dim=-1)
             weight, bias = weight * norms, bias * norms
-        return EncoderColumns(weight, bias, Nonlinearity(kind, parameters(ids), k))
+        own = {part: read(part, ids) for part in parameters} if threshold is None else {"threshold": threshold(ids)}
+        return EncoderColumns(weight, bias, Nonlinearity(kind, own, k))
 
     def read_decoder() -> tuple[Tensor, Tensor]:
         w_dec = read("W_dec")
         return w_dec / w_dec.norm(dim=-1, keepdim=True) if with_decoder_norm else w_dec, read("b_dec")
 
     return SAEHandle(
-        name=name or str(where),
+        name=str(where),
         model_name=model_name,
         hook_point=hook_point,
         d_model=d_model,
@@ -600,11 +546,7 @@ def _json(file: Path) -> dict[str, Any]:
     return content
 
 
-def _check_shapes(
-    where: Path, read: Reader, d_model: int, d_sae: int, vectors: tuple[str, ...], one_threshold: bool = False
-) -> None:
-    expected = {"W_enc": (d_model, d_sae), "W_dec": (d_sae, d_model), "b_dec": (d_model,)}
-    for name, shape in (expected | dict.fromkeys(vectors, (d_sae,))).items():
-        found = tuple(read.shape(name))
-        if found != shape and not (name == "threshold" and found == () and one_threshold):
+def _check_shapes(where: Path, read: Reader, expected: Mapping[str, tuple[int, ...]]) -> None:
+    for name, shape in expected.items():
+        if (found := tuple(read.shape(name))) != shape:
             raise SAEError(f"{name} in {where} has shape {found}, not {shape}: the file is damaged.")

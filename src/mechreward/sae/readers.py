@@ -127,10 +127,8 @@ class NpzReader:
                 kept.append(block.astype(np.float32))
             member.read()  # to the end, where zipfile compares the checksum
             found = torch.tensor(np.concatenate(kept) if kept else np.zeros(shape, np.float32))
-        if ids is None or axis == 1:
-            return found
-        in_file_order = sorted(range(len(ids)), key=lambda place: ids[place])
-        return torch.empty_like(found).index_copy_(0, torch.tensor(in_file_order), found)
+        in_file_order = ids is None or axis == 1
+        return found if in_file_order else found[torch.tensor(ids).argsort().argsort()]
 
 
 class TorchReader:

@@ -60,13 +60,14 @@ def load_sae(
         raise SAEError("load_sae needs release= and sae_id=, or path=.")
     if release in SHIPPED:
         folder = pocket.files() / "saes" / _known(release, sae_id, SHIPPED[release])
-        return formats.saelens(folder, name=f"{release}/{sae_id}")
+        return replace(formats.saelens(folder), name=f"{release}/{sae_id}")
     if release.count("/") == 1:  # none of SAELens' names has one
         return _from_repository(release, sae_id, revision)
     entry = _known_release(release)
     found = {str(sae["id"]): sae for sae in entry["saes"]}
     stored_at = str(_known(release, sae_id, {known: sae["path"] for known, sae in found.items()}))
-    return _fetch(release, sae_id, entry, found[sae_id], stored_at, revision)
+    name, model = f"{release}/{sae_id}", CORRECTED_MODELS.get(release, entry["model"])
+    return replace(_fetch(name, model, entry, found[sae_id], stored_at, revision), name=name, model_name=model)
 
 
 def reference(name: str) -> tuple[str, str]:
@@ -123,47 +124,41 @@ def _known_release(release: str) -> dict[str, Any]:
 
 
 def _fetch(
-    release: str, sae_id: str, entry: dict[str, Any], sae: dict[str, Any], stored_at: str, revision: str | None
+    name: str, model: str, entry: dict[str, Any], sae: dict[str, Any], stored_at: str, revision: str | None
 ) -> SAEHandle:
     convert, repo = entry.get("conversion_func"), entry["repo_id"]
-    name, model = f"{release}/{sae_id}", CORRECTED_MODELS.get(release, entry["model"])
+
+    def folder(*files: str) -> Path:
+        first, *_ = [download(repo, f"{stored_at}/{file}", revision) for file in files]
+        return first.parent
+
     if convert == "gemma_2":
         if not repo.endswith("-res"):
             raise SAEError(f"{name} does not read the residual stream: choose a '-res' release.")
         layer = re.match(r"layer_(\d+)/", stored_at)
         if layer is None:
             raise SAEError(f"{name} reads the embedding, not the residual stream after a layer: choose a layer's.")
-        file = download(repo, f"{stored_at}/params.npz", revision)
-        return formats.gemma_scope(file, HookPoint(int(layer[1])), model, name)
+        return formats.gemma_scope(folder("params.npz") / "params.npz", HookPoint(int(layer[1])))
     if convert is None:
-        folder = download(repo, f"{stored_at}/cfg.json", revision).parent
-        download(repo, f"{stored_at}/sae_weights.safetensors", revision)
         scale, overrides = sae.get("norm_scaling_factor"), entry.get("config_overrides")
-        return formats.saelens(folder, model, scale, name, overrides)
+        return formats.saelens(folder("cfg.json", "sae_weights.safetensors"), model, scale, overrides)
     if convert == "gemma_3":
         if not stored_at.startswith("resid_post"):
             raise SAEError(f"{name} does not read the residual stream: choose a '-res' release.")
-        folder = download(repo, f"{stored_at}/params.safetensors", revision).parent
-        return formats.gemma_scope_2(folder, model, name)
+        return formats.gemma_scope_2(folder("params.safetensors"))
     if convert == "llama_scope":
         if "LXR" not in repo:
             raise SAEError(f"{name} does not read the residual stream: choose a 'lxr' release.")
-        folder = download(repo, f"{stored_at}/hyperparams.json", revision).parent
-        download(repo, f"{stored_at}/checkpoints/final.safetensors", revision)
-        return formats.llama_scope(folder, name)
+        return formats.llama_scope(folder("hyperparams.json", "checkpoints/final.safetensors"))
     if convert == "llama_scope_r1_distill":
-        folder = download(repo, f"{stored_at}/config.json", revision).parent
-        download(repo, f"{stored_at}/sae_weights.safetensors", revision)
-        return formats.llama_scope_r1(folder, sae.get("norm_scaling_factor"), model, name)
+        return formats.llama_scope_r1(folder("config.json", "sae_weights.safetensors"), sae.get("norm_scaling_factor"))
     if convert in ("goodfire", "deepseek_r1"):
-        return formats.goodfire(download(repo, stored_at, revision), model, name)
+        return formats.goodfire(download(repo, stored_at, revision))
     if convert == "qwen_scope":
         k = re.search(r"L0_(\d+)$", repo)
-        return formats.qwen_scope(download(repo, stored_at, revision), int(k[1]) if k else None, model, name)
+        return formats.qwen_scope(download(repo, stored_at, revision), int(k[1]) if k else None)
     if convert == "dictionary_learning_1":
-        folder = download(repo, f"{stored_at}/config.json", revision).parent
-        download(repo, f"{stored_at}/ae.pt", revision)
-        return formats.dictionary_learning(folder, model, name)
+        return formats.dictionary_learning(folder("config.json", "ae.pt"))
     raise SAEError(f"{name} is stored in the format '{convert}', which this version does not read.")
 
 
