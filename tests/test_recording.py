@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import sae_lens
 import torch
+from test_trl import options
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
@@ -16,7 +17,6 @@ from mechreward.integrations.trl_grpo import MechRewardGRPOConfig, MechRewardGRP
 from mechreward.reward.base import Reward
 from mechreward.reward.guards import Verdict
 from mechreward.rollout.batch import Scores
-from test_trl import options
 
 
 class Ids(Reward):

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from common.provenance import made_by, made_sentence
+from common.provenance import made_by
 from mechreward import files as module
-from mechreward.files import environment, made_now
+from mechreward.files import environment, made_now, made_sentence
 
 ROOT = Path(__file__).parent.parent
 PACK = ROOT / "experiments/results/smollm2-gate.json"

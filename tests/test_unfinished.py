@@ -4,13 +4,13 @@ import json
 
 import pytest
 import torch
+from planting import pocket
 from typer.testing import CliRunner
 
 import mechreward as mr
 from mechreward.cli import app
 from mechreward.rollout import sampling
 from mechreward.unfinished import Steps, Unfinished
-from planting import pocket
 
 DISCOVER = [
     "discover", "--sae", "pocket-res-canonical/layer_2/width_2k/canonical", "--data", "mechreward/pocket",

@@ -19,10 +19,10 @@ from pydantic import Field, model_validator
 from scipy.stats import beta, norm
 
 from capability.tasks import ChangedTask, matching
-from common.provenance import made_sentence
 from common.tables import table
 from mechreward import stats
 from mechreward.errors import ConfigError, DataError
+from mechreward.files import made_sentence
 from mechreward.schema import Strict
 from mechreward.train.capability import PocketSuite, Scores, Suite
 from mechreward.train.config import Count, NonEmpty, Positive

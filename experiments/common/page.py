@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from common.provenance import made_sentence
 from common.tables import figure, interval, number, numbers, seeds, table
 from mechreward.extras import require
+from mechreward.files import made_sentence
 from mechreward.train.results import verdict
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from mechreward.files import Made
 
@@ -35,11 +34,3 @@ def _recorded(file: Path) -> Made:
 
 def _listed(names: list[str]) -> str:
     return " and ".join([*([", ".join(names[:-1])] if names[1:] else []), names[-1]])
-
-
-def made_sentence(report: Mapping[str, Any]) -> str:
-    """Say at which commit and when the figures of a report were made, from its ``made``; one without it is older."""
-    told: Made = report.get("made", {})
-    commit, date = told.get("commit"), told.get("date")
-    called = "Commit not recorded" if commit is None else f"{'Commits' if ' and ' in commit else 'Commit'} {commit}"
-    return f"{called}{'' if date is None else f', {date}'}."

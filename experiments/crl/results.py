@@ -13,11 +13,11 @@ import numpy as np
 import yaml
 
 from common.comparison import finished_runs, read_runs
-from common.provenance import made_by, made_sentence
+from common.provenance import made_by
 from common.tables import figure, interval, mean, numbers, seeds, table
 from crl import experiment
 from crl.experiment import CRLConfig
-from mechreward.files import ENVIRONMENT
+from mechreward.files import ENVIRONMENT, made_sentence
 from mechreward.train.results import Run, difference, over_seeds, without_infinities
 from mechreward.train.runner import folder_of
 

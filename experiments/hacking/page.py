@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.provenance import made_sentence
 from common.tables import table
 from mechreward.extras import require
+from mechreward.files import made_sentence
 
 CELLS = {
     "outcome": "outcome only, KL .04 (the honest control)",

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from common.comparison import accuracy_at_the_end, finished_runs, gap, read_runs
-from common.provenance import made_by, made_sentence
+from common.provenance import made_by
 from common.tables import numbers, table
 from mechreward import stats
 from mechreward.errors import ConfigError
-from mechreward.files import ENVIRONMENT, Made, environment
+from mechreward.files import ENVIRONMENT, Made, environment, made_sentence
 from mechreward.train.results import Difference, Run, difference, widest, without_infinities
 from sarm.cells import cell_folder
 from sarm.config import SarmConfig

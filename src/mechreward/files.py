@@ -108,3 +108,11 @@ def _git(folder: Path, *arguments: str) -> str:
     command = ["git", "-C", str(folder), "--no-optional-locks", *arguments]
     done = subprocess.run(command, capture_output=True, check=True, timeout=30, env=surroundings, encoding="utf-8")
     return done.stdout.strip()
+
+
+def made_sentence(report: Mapping[str, Any]) -> str:
+    """Say at which commit and when the figures of a report were made, from its ``made``; one without it is older."""
+    told: Made = report.get("made", {})
+    commit, date = told.get("commit"), told.get("date")
+    called = "Commit not recorded" if commit is None else f"{'Commits' if ' and ' in commit else 'Commit'} {commit}"
+    return f"{called}{'' if date is None else f', {date}'}."

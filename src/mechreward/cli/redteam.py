@@ -39,7 +39,7 @@ def redteam(name: Name, options: Options, as_json: AsJson = False) -> None:
     from mechreward.integrations.trl_grpo import MechRewardGRPOTrainer
     from mechreward.reward.feature_reward import FeatureReward
     from mechreward.rollout.capture import check_fits
-    from mechreward.rollout.sampling import fingerprint, load_model, parse_dtype
+    from mechreward.rollout.sampling import as_training, fingerprint, load_model, parse_dtype
     from mechreward.train.sampling import Sampling
 
     began = time.perf_counter()
@@ -62,7 +62,9 @@ def redteam(name: Name, options: Options, as_json: AsJson = False) -> None:
     data = questions_for(options.data, str(options.model))
     asked, split = sampling.asked(data, "train")
     verifier = getattr(verifiers, options.verifier)
-    target = Target(loaded, tokenizer, reward, guards, verifier, sampling.generate, options.batch_size)
+    target = Target(
+        loaded, tokenizer, reward, guards, verifier, as_training(options.max_new_tokens), options.batch_size
+    )
 
     # The attacks.
     cache_key = {
