@@ -124,7 +124,7 @@ def _known_release(release: str) -> dict[str, Any]:
 
 
 def _fetch(
-    name: str, model: str, entry: dict[str, Any], sae: dict[str, Any], stored_at: str, revision: str | None
+    name: str, model: str | None, entry: dict[str, Any], sae: dict[str, Any], stored_at: str, revision: str | None
 ) -> SAEHandle:
     convert, repo = entry.get("conversion_func"), entry["repo_id"]
 
