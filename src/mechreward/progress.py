@@ -5,7 +5,7 @@ Long work opens a stage, and whatever reads or samples rollouts inside it advanc
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, TypeVar
@@ -52,13 +52,29 @@ def advance(count: int = 1) -> None:
         bars.advance(current, count)
 
 
+@contextmanager
+def steps(name: str, of: int, done: int = 0) -> Iterator[Callable[[], None]]:
+    """Name the work inside, of which ``done`` steps are done, and yield what alone advances it, by one step."""
+    bars = _bars.get()
+    if bars is None:
+        yield lambda: None
+        return
+    task, token = bars.add_task(name, total=of, completed=done), _stage.set(None)
+    try:
+        yield lambda: bars.advance(task)
+    finally:
+        _stage.reset(token)
+
+
+def in_lines() -> bool:
+    """Return whether progress is to be shown, but not on a terminal, where a bar would not be seen."""
+    bars = _bars.get()
+    return bars is not None and not bars.console.is_terminal
+
+
 def track(items: Iterable[T], name: str, of: int) -> Iterator[T]:
-    """Yield the items as a stage that advances with each; what happens to them does not advance it."""
-    with stage(name, of):
-        current = _stage.get()
+    """Yield the items as work that advances with each; what happens to them does not advance it."""
+    with steps(name, of) as advance_one:
         for item in items:
-            token = _stage.set(None)
             yield item
-            _stage.reset(token)
-            if (bars := _bars.get()) is not None and current is not None:
-                bars.advance(current)
+            advance_one()
