@@ -53,20 +53,28 @@ def advance(count: int = 1) -> None:
 
 
 @contextmanager
-def counter(name: str, of: int) -> Iterator[Callable[[], None]]:
-    """Open a stage that only the yielded function advances, whatever is read or sampled inside."""
-    with stage(name, of):
-        bars, current = _bars.get(), _stage.get()
-        token = _stage.set(None)
-        try:
-            yield lambda: None if bars is None or current is None else bars.advance(current)
-        finally:
-            _stage.reset(token)
+def steps(name: str, of: int, done: int = 0) -> Iterator[Callable[[], None]]:
+    """Name the work inside, of which ``done`` steps are done, and yield what alone advances it, by one step."""
+    bars = _bars.get()
+    if bars is None:
+        yield lambda: None
+        return
+    task, token = bars.add_task(name, total=of, completed=done), _stage.set(None)
+    try:
+        yield lambda: bars.advance(task)
+    finally:
+        _stage.reset(token)
+
+
+def in_lines() -> bool:
+    """Return whether progress is to be shown, but not on a terminal, where a bar would not be seen."""
+    bars = _bars.get()
+    return bars is not None and not bars.console.is_terminal
 
 
 def track(items: Iterable[T], name: str, of: int) -> Iterator[T]:
-    """Yield the items as a stage that advances with each; what happens to them does not advance it."""
-    with counter(name, of) as done:
+    """Yield the items as work that advances with each; what happens to them does not advance it."""
+    with steps(name, of) as advance_one:
         for item in items:
             yield item
-            done()
+            advance_one()

@@ -14,8 +14,8 @@ import yaml
 from test_train_config import one_sentence, tiny
 from typer.testing import CliRunner
 
+from mechreward import progress
 from mechreward.cli import app
-from mechreward.cli.train import Progress
 from mechreward.train import runner
 from mechreward.train.config import read_config
 
@@ -40,7 +40,7 @@ def runs(monkeypatch):
     """The runs that would have been made, with what the runner was told."""
     made = []
 
-    def stand_in(config, arm, seed, log, setup, report_to, progress):
+    def stand_in(config, arm, seed, log, setup, report_to):
         made.append((config, arm, seed, list(report_to)))
         return runner.folder_of(config, arm, seed)
 
@@ -181,14 +181,21 @@ def test_an_interruption_is_one_line_and_exit_code_130(tmp_path, monkeypatch):
     assert result.stderr.splitlines()[-1] == "Interrupted. The same command goes on from the last checkpoint."
 
 
-def test_without_a_terminal_every_step_is_a_line_with_the_time_left(capsys, monkeypatch):
+def test_without_a_terminal_every_step_is_a_line_with_the_time_left(monkeypatch):
     """By hand: steps 5 and 7 of 9, 10 s apart each, from step 4 on."""
-    clock = iter([100.0, 110.0, 130.0])
-    with Progress() as progress:
-        monkeypatch.setattr(sys.modules["mechreward.cli.train"], "time", SimpleNamespace(monotonic=lambda: next(clock)))
-        for step in (4, 5, 7):
-            progress.step("sum, seed 0", step, 9)
-    assert capsys.readouterr().err.splitlines() == [
+    clock = iter([0.0, 100.0, 110.0, 130.0])
+    monkeypatch.setattr(runner, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    config = SimpleNamespace(training=SimpleNamespace(max_steps=9), evaluation=SimpleNamespace(every=100))
+    lines, advanced = [], []
+    recorder = runner.Recorder(
+        Path(), "sum, seed 0", config, None, None, [], lines.append, lambda: advanced.append(1)
+    )  # fmt: skip
+    state = SimpleNamespace(global_step=4, max_steps=9)
+    with progress.shown():
+        recorder.on_train_begin(None, state, None)
+        for state.global_step in (5, 7):
+            recorder.on_step_end(None, state, None)
+    assert len(advanced) == 2 and lines == [
         "sum, seed 0, step 5 of 9, about 40 s left",  # 10 s a step, 4 to go
         "sum, seed 0, step 7 of 9, about 20 s left",  # 30 s for 3 steps, 2 to go
     ]

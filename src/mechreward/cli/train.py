@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
+from mechreward import progress
 from mechreward.cli.common import (
     POCKET_ROWS,
     Answer,
@@ -24,6 +23,7 @@ from mechreward.cli.common import (
     default_test_split,
     expanded,
     flag,
+    made,
     question_source,
     typed,
 )
@@ -123,46 +123,11 @@ def _runs(ctx: typer.Context, options: TrainOptions) -> tuple[list[Path], str]:
     grid = chosen_runs(experiment.arms, experiment.seeds, options.arm, options.seed)
     command = [sys.executable, "-c", ONE_OF_SEVERAL, "train", "--config", str(config)]
     command += [part for name in report_to for part in ("--report-to", name)]
-    with Progress() as bar:
-        folders = carry_out(experiment, grid, options.jobs, command, bar.log, report_to=report_to, progress=bar.step)
+    with progress.shown():
+        folders = carry_out(
+            experiment, grid, options.jobs, command, lambda line: made(line, as_json=True), report_to=report_to
+        )
     return folders, experiment.output
-
-
-class Progress:
-    """Shows the progress of runs on stderr: a bar with the time left on a terminal, else a line per step."""
-
-    def __init__(self):
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-        from rich.progress import Progress as Bar
-
-        self.console = Console(stderr=True)
-        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-        rest = TextColumn("left"), TimeRemainingColumn()
-        self.bar = Bar(*columns, *rest, console=self.console, disable=not self.console.is_terminal)
-        self.tasks: dict[str, Any] = {}
-        self.began: dict[str, tuple[float, int]] = {}
-
-    def __enter__(self) -> Progress:
-        self.bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.stop()
-
-    def log(self, line: str) -> None:
-        """Print a line above the bar."""
-        self.console.print(line, soft_wrap=True, markup=False, highlight=False)
-
-    def step(self, run: str, done: int, of: int) -> None:
-        """Show that a run begins, or has made another step."""
-        if run not in self.tasks:
-            self.tasks[run] = self.bar.add_task(run, total=of, completed=done)
-            self.began[run] = time.monotonic(), done
-        self.bar.update(self.tasks[run], completed=done)
-        since, first = self.began[run]
-        if not self.console.is_terminal and done > first:
-            left = (time.monotonic() - since) / (done - first) * (of - done)
-            self.log(f"{run}, step {done} of {of}, about {left:.0f} s left")
 
 
 def _configuration(options: TrainOptions) -> dict[str, Any]:

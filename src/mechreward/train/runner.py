@@ -26,7 +26,7 @@ import torch
 import transformers
 import yaml
 
-from mechreward import pocket
+from mechreward import pocket, progress
 from mechreward.errors import ConfigError, MechRewardError, RewardError, nearest
 from mechreward.extras import require
 from mechreward.features.catalog import load_pack
@@ -51,9 +51,6 @@ RECORDS = (METRICS, TRACE, "evaluations.jsonl", "samples.jsonl", arms.ROLLOUTS)
 Log = Callable[[str], None]
 """Called with a line of text."""
 
-Progress = Callable[[str, int, int], None]
-"""Called with a run, its finished steps, and their total."""
-
 Setup = Callable[[Any, str, int, Path], arms.RunSetup]
 """(configuration, arm, seed, folder) -> what the run is trained with."""
 
@@ -68,7 +65,6 @@ def run(
     log: Log = print,
     setup: Setup = arms.setup,
     report_to: Sequence[str] = (),
-    progress: Progress | None = None,
 ) -> Path:
     """Train one arm with one seed, or resume the run; a finished run is left as it is.
 
@@ -79,7 +75,6 @@ def run(
         log: Called with a line at each evaluation.
         setup: Makes what the arm is trained with.
         report_to: Trackers that TRL logs to, by its names.
-        progress: Called after each step.
 
     Returns:
         The run's folder.
@@ -121,11 +116,11 @@ def run(
     # Resume from the last whole checkpoint, and drop what was recorded after it.
     checkpoint = _last_checkpoint(folder, config.training.max_steps)
     forget(folder, -1 if checkpoint is None else _step_of(checkpoint))
-    recorder = Recorder(folder, name, config, trainer, test, watched, log)
-    trainer.add_callback(recorder)
-    if progress is not None:
-        trainer.add_callback(_ProgressCallback(partial(progress, name)))
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    done = 0 if checkpoint is None else _step_of(checkpoint)
+    with progress.steps(name, config.training.max_steps, done) as advance:
+        recorder = Recorder(folder, name, config, trainer, test, watched, log, advance)
+        trainer.add_callback(recorder)
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if trainer.state.global_step != config.training.max_steps:
         raise RewardError(f"{folder} stopped after {trainer.state.global_step} steps: start it again to go on.")
     if recording.broken:
@@ -256,19 +251,6 @@ def forget(folder: Path, step: int) -> None:
         forget_after(folder / name, step)
 
 
-class _ProgressCallback(transformers.TrainerCallback):
-    """Reports the steps of a training."""
-
-    def __init__(self, report: Callable[[int, int], None]):
-        self.report = report
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.report(state.global_step, state.max_steps)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.report(state.global_step, state.max_steps)
-
-
 # -- what is recorded -------------------------------------------------------------------------------------------------
 
 
@@ -284,9 +266,10 @@ class Recorder(transformers.TrainerCallback):
         test: Any,
         watched: Sequence[FeatureReward],
         log: Log,
+        advance: Callable[[], None],
     ):
         self.folder, self.name, self.config, self.trainer = folder, name, config, trainer
-        self.test, self.watched, self.log = test, watched, log
+        self.test, self.watched, self.log, self.advance = test, watched, log, advance
         self.last: dict[str, Any] = {}
         self.began = time.monotonic()
 
@@ -299,6 +282,9 @@ class Recorder(transformers.TrainerCallback):
         done = state.global_step
         if done % self.config.evaluation.every == 0 or done == state.max_steps:
             self.evaluate(done)
+        self.advance()
+        if progress.in_lines():
+            self.log(f"{self.name}, step {done} of {state.max_steps}, about {self._seconds_left(done):.0f} s left")
 
     def evaluate(self, step: int) -> None:
         """Evaluate by sampling, and at the end greedily, too."""
@@ -314,7 +300,9 @@ class Recorder(transformers.TrainerCallback):
         append(self.folder / "evaluations.jsonl", [{"step": step, **figures}])
         self._report(figures)
         self.last = figures
-        self.log(f"{self.name}, step {step:>3}: {figures['accuracy']:.3f} right{self._time_left(step)}")
+        seconds = self._seconds_left(step)
+        left = f", about {seconds / 60:.0f} min left" if seconds else ""
+        self.log(f"{self.name}, step {step:>3}: {figures['accuracy']:.3f} right{left}")
 
     def _report(self, figures: dict[str, float]) -> None:
         """Report an evaluation to the trackers, which call it ``eval/...``.
@@ -325,12 +313,12 @@ class Recorder(transformers.TrainerCallback):
         logs = {f"eval_{name}": value for name, value in figures.items()}
         trainer.callback_handler.call_event("on_log", trainer.args, trainer.state, trainer.control, logs=logs)
 
-    def _time_left(self, step: int) -> str:
+    def _seconds_left(self, step: int) -> float:
+        """Return the time for the remaining steps, by the mean step of this start; 0 before the first."""
         if step == 0 or step <= self.first:
-            return ""
+            return 0.0
         per_step = (time.monotonic() - self.began) / (step - self.first)
-        left = per_step * (self.config.training.max_steps - step)
-        return f", about {left / 60:.0f} min left" if left > 0 else ""
+        return per_step * (self.config.training.max_steps - step)
 
     def _model(self) -> Any:
         return self.trainer.accelerator.unwrap_model(self.trainer.model)
@@ -359,7 +347,6 @@ def carry_out(
     log: Log = print,
     setup: Setup = arms.setup,
     report_to: Sequence[str] = (),
-    progress: Progress | None = None,
 ) -> list[Path]:
     """Make an experiment's runs.
 
@@ -368,7 +355,7 @@ def carry_out(
         grid: Arm and seed of each run.
         jobs: Runs at a time; more than one run in processes of their own.
         command: Starts such a process; ``--arm`` and ``--seed`` follow.
-        log, setup, report_to, progress: As for :func:`run`; processes have their own.
+        log, setup, report_to: As for :func:`run`; processes have their own.
 
     Returns:
         The runs' folders.
@@ -387,7 +374,7 @@ def carry_out(
         return [folder_of(config, arm, seed) for arm, seed in grid]
     folders = []
     for arm, seed in grid:
-        folders.append(run(config, arm, seed, log=log, setup=setup, report_to=report_to, progress=progress))
+        folders.append(run(config, arm, seed, log=log, setup=setup, report_to=report_to))
         if "wandb" in report_to:
             importlib.import_module("wandb").finish()  # else the next run would be logged into this one
         gc.collect()  # a trainer and its model hold each other; on a GPU the next would not fit beside them

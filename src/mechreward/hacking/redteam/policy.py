@@ -234,7 +234,7 @@ def attack_policy(
             peft_config=_lora() if kind == "lora" else None,
         )
         training.remove_callback(transformers.trainer_callback.PrinterCallback)
-        with progress.counter(f"Training ({kind})", options.steps) as done:
+        with progress.steps(f"Training ({kind})", options.steps) as done:
             training.add_callback(_Stop(watch, options.patience, least, done))
             training.train()
     return training.accelerator.unwrap_model(training.model).eval(), watch.steps
