@@ -17,7 +17,7 @@ from scipy.stats import beta
 from typer.testing import CliRunner
 
 import mechreward as mr
-from mechreward import verifiers
+from mechreward import progress, verifiers
 from mechreward.cli import app
 from mechreward.errors import CandidateWarning, ConfigError, DataError
 from mechreward.features.interventions import Cues
@@ -650,8 +650,11 @@ def trained(ground, where, folder, **options):
 @pytest.mark.parametrize("kind", ["lora", pytest.param("full", marks=pytest.mark.slow)])
 def test_a_policy_is_trained_on_the_reward_alone(kind, ground, tmp_path):
     before = {name: p.clone() for name, p in ground.target.model.named_parameters()}
-    found = asked(ground, out=tmp_path, **TINY).policy(MechRewardGRPOTrainer, kind)
+    with progress.shown():
+        found = asked(ground, out=tmp_path, **TINY).policy(MechRewardGRPOTrainer, kind)
+        bars = {bar.description: (bar.completed, bar.total) for bar in progress._bars.get().tasks}
     assert found.name == f"policy/{kind}" and found.n == len(ground.rollouts)
+    assert bars[f"Training ({kind})"] == (2, 2)
     assert found.trajectory == str(tmp_path / f"policy-{kind}.jsonl")
     steps = [json.loads(line) for line in (tmp_path / f"policy-{kind}.jsonl").read_text().splitlines()]
     assert [s["step"] for s in steps] == [0, 1] and all(s["objective"] == s["reward"] for s in steps)
