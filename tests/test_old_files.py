@@ -32,7 +32,7 @@ def test_an_old_run_is_reported(tmp_path):
     run = tmp_path / "run"
     shutil.copytree(OLD, run)
     (found,) = find([run])
-    assert [record["step"] for record in found.metrics if "reward" in record] == [1, 2, 3] and len(found.trace) == 8
+    assert [record["step"] for record in found.metrics if "reward" in record] == [1, 2, 3] and len(found.trace) == 6
 
 
 def test_old_packs_and_probes_are_read():

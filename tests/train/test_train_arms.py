@@ -19,7 +19,7 @@ from mechreward.features.pack import FeaturePack
 from mechreward.readout import HookPoint, Readings, direction
 from mechreward.reward.feature_reward import FeatureReward
 from mechreward.reward.outcome import OutcomeReward
-from mechreward.rollout import hf, labelled
+from mechreward.rollout import labelled, source
 from mechreward.rollout.batch import RolloutBatch
 from mechreward.train import arms
 from mechreward.train.arms import Contrast, ShuffledReward
@@ -344,7 +344,7 @@ def discovery(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(labelled, "sample", remember)
-        patch.setattr(hf, "MAX_NUMBERS", 5 * 120 * (2048 + 128))  # about five rollouts
+        patch.setattr(source, "MAX_NUMBERS", 5 * 120 * (2048 + 128))  # about five rollouts
         config = tiny(
             folder,
             data={"discovery": [{"path": "mechreward/pocket", "split": "discovery", "rows": 6}]},

@@ -23,7 +23,7 @@ from test_train_config import TEXT, one_sentence, swapped, tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mechreward as mr
-from mechreward import recording
+from mechreward import files
 from mechreward.errors import ConfigError, MechRewardError
 from mechreward.train import arms, data, evaluation, runner
 from mechreward.train.config import read_config
@@ -114,12 +114,12 @@ class TestRecords:
         file, records = tmp_path / "a.jsonl", [{"step": 1, "completion": "two\nlines   here"}, {"step": 2}]
         whole = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
         file.write_text(whole, encoding="utf-8")
-        assert recording.read_jsonl(file) == records
+        assert files.read_jsonl(file) == records
         for cut in ('{"st', '{"step": 3', "{", "nul"):
             file.write_text(whole + cut, encoding="utf-8")
-            assert recording.read_jsonl(file) == records
+            assert files.read_jsonl(file) == records
         file.write_text("")
-        assert recording.read_jsonl(file) == []
+        assert files.read_jsonl(file) == []
 
     def test_what_came_after_the_checkpoint_is_forgotten(self, tmp_path):
         rows = [{"step": step, "k": k} for step in (0, 1, 2, 2, 3, 4) for k in range(2)]
@@ -127,10 +127,10 @@ class TestRecords:
             (tmp_path / name).write_text("".join(json.dumps(r) + "\n" for r in rows) + '{"step": 5, ')
         runner.forget(tmp_path, 2)
         for name in ("metrics.jsonl", "samples.jsonl"):
-            assert recording.read_jsonl(tmp_path / name) == [r for r in rows if r["step"] <= 2]
+            assert files.read_jsonl(tmp_path / name) == [r for r in rows if r["step"] <= 2]
         assert len(list(tmp_path.iterdir())) == 2
         runner.forget(tmp_path, -1)  # no checkpoint: the start is evaluated again, too
-        assert recording.read_jsonl(tmp_path / "samples.jsonl") == []
+        assert files.read_jsonl(tmp_path / "samples.jsonl") == []
 
 
 # -- evaluation --------------------------------------------------------------------------------------------------------
