@@ -1,6 +1,6 @@
 """Runs a recipe in each process that `accelerate launch` starts, and writes down what the trainer saw.
 
-    accelerate launch --config_file FILE tests/launched.py FOLDER CHANGES recipes/trl/train.py ...
+    accelerate launch --config_file FILE tests/helpers/launched.py FOLDER CHANGES recipes/trl/train.py ...
 
 CHANGES is JSON, of options of the config. accelerate 1.15 has no FSDP on CPUs: it runs DDP where a file says FSDP. Here
 its state says FSDP, and everything behind that (accelerate, transformers, TRL, torch) does what it does on GPUs.
@@ -44,8 +44,8 @@ class Recorder(mr.MechRewardGRPOTrainer):
 
     steps, last = [], None
 
-    def _run_monitors(self, batch, readings, rewards):
-        super()._run_monitors(batch, readings, rewards)
+    def _show_monitors(self, batch, readings, rewards):
+        super()._show_monitors(batch, readings, rewards)
         step = {
             "prompt_ids": batch.prompt_ids,
             "completion_ids": batch.completion_ids,
