@@ -32,7 +32,7 @@ def load_model(name: str, dtype: torch.dtype | str = "auto") -> tuple[Any, Any]:
         dtype: Of its weights; ``"auto"`` is the one that they are stored in.
 
     Raises:
-        ConfigError: It cannot be had.
+        ConfigError: It cannot be loaded.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -134,7 +134,7 @@ def choose_backend(engine: Mapping[str, Any], found: Anatomy, forced: str | None
 
 
 def _obstacles(engine: Mapping[str, Any], found: Anatomy) -> dict[str, str | None]:
-    """For each way, why it cannot be gone."""
+    """Return why each backend is unavailable."""
     drafts = engine.get("speculative_config") is not None
     no_aux = None if found.returns_states else "vLLM's class of this model cannot return its hidden states"
     no_hook = None if found.adds else f"hooks are known to be right for {', '.join(ADDING)} alone"

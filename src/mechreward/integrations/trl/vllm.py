@@ -75,7 +75,7 @@ class TRLEngine:
         """Tell the worker what to read of the trainer's bank.
 
         Raises:
-            ConfigError: The way that the user wants cannot be gone: the server has another worker, for one.
+            ConfigError: The requested backend is unavailable, for example because the server runs another worker.
         """
         self._trainer = trainer
         self.bank = ReadoutBank([r for r in bank.readouts if r.summary is None], bank.apart)
